@@ -1,0 +1,61 @@
+"""Fixtures that every test may use; the models behind them are built by `tiny`."""
+
+import beartype  # noqa: F401, I001 - before anything that imports nnsight, which breaks a beartype imported after it
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach a hub
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a `HookedTransformer` where TransformerLens has none: the run on 3.x has those tests."""
+    kept, left_out = [], []
+    for item in items:
+        if item.get_closest_marker("hooked"):
+            item.add_marker("tl")
+        wanted = HAS_HOOKED_TRANSFORMER or not item.get_closest_marker("hooked")
+        (kept if wanted else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a tiny model by its family (see `tiny.FAMILIES`), built at first use."""
+    from tiny import build_tiny
+
+    built: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in built:
+            built[family] = build_tiny(family, tmp_path_factory.mktemp("model"))
+        return built[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[[str], Path]) -> Path:
+    """Llama-like, rotary positions, grouped heads; ChatML with a system role."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_model: Callable[[str], Path]) -> Path:
+    """GPT-2-like, learned positions, a context of 512 tokens; ChatML with a system role."""
+    return tiny_model("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tiny_model: Callable[[str], Path]) -> Path:
+    """Gemma-2-like, norms before and after, capped scores; a template without a system role, with a rendered BOS."""
+    return tiny_model("gemma")

@@ -1,0 +1,91 @@
+"""Persona vectors and steering vectors through TransformerLens hook names.
+
+The flow, which is also the order of the modules:
+
+    samples -> prompts + spans -> masks -> plan -> backend -> reducers -> vectors -> store
+
+- `samples` and `contrast`: personas with their questions, and contrast pairs: plain records.
+- `prompts`: chats rendered by the tokenizer's own template, with proven spans of persona, question and answer.
+- `masks`: which tokens count, by strategy, as `Bool[Tensor, "batch pos"]`.
+- `hooks`: layers chosen by hook name.
+- `plan`: samples cut into batches; pure, no model.
+- `backends`: a plan run on a hooked model; for each sample and mask the mean of every hook.
+- `reducers`, `statistics`, `directions`: means over samples, and how far to trust them.
+- `vectors`, `store`: what is kept, with its provenance, as safetensors.
+- `extraction`, `caa`, `steering`, `cli`: the recipes that join them.
+
+Importing this package loads neither torch nor TransformerLens; names are fetched when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BASELINE_PERSONA_ID": "samples",
+    "ContrastPair": "contrast",
+    "ContrastPairDataset": "contrast",
+    "ExtractionResult": "extraction",
+    "MaskStrategy": "masks",
+    "Persona": "samples",
+    "PersonaDataset": "samples",
+    "PersonaVectorStore": "store",
+    "PreparedInput": "prepared",
+    "QAPair": "samples",
+    "SteeringVector": "vectors",
+    "SteeringVectorSet": "vectors",
+    "TLPersonaError": "errors",
+    "extract_activations": "extraction",
+    "load_model": "loading",
+    "load_pairs": "contrast",
+    "prepare_inputs": "prepared",
+    "resolve_hooks": "hooks",
+    "run_extraction": "extraction",
+}
+
+__all__ = [
+    "BASELINE_PERSONA_ID",
+    "ContrastPair",
+    "ContrastPairDataset",
+    "ExtractionResult",
+    "MaskStrategy",
+    "Persona",
+    "PersonaDataset",
+    "PersonaVectorStore",
+    "PreparedInput",
+    "QAPair",
+    "SteeringVector",
+    "SteeringVectorSet",
+    "TLPersonaError",
+    "extract_activations",
+    "load_model",
+    "load_pairs",
+    "prepare_inputs",
+    "resolve_hooks",
+    "run_extraction",
+]
+
+if TYPE_CHECKING:
+    from tl_persona.contrast import ContrastPair, ContrastPairDataset, load_pairs
+    from tl_persona.errors import TLPersonaError
+    from tl_persona.extraction import ExtractionResult, extract_activations, run_extraction
+    from tl_persona.hooks import resolve_hooks
+    from tl_persona.loading import load_model
+    from tl_persona.masks import MaskStrategy
+    from tl_persona.prepared import PreparedInput, prepare_inputs
+    from tl_persona.samples import BASELINE_PERSONA_ID, Persona, PersonaDataset, QAPair
+    from tl_persona.store import PersonaVectorStore
+    from tl_persona.vectors import SteeringVector, SteeringVectorSet
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,113 @@
+"""The `tl-persona` command: its arguments, and nothing heavy before one of its subcommands runs.
+
+Exit codes: 0 done; 1 something failed while running; 2 bad arguments or input.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from tl_persona import __version__
+from tl_persona.errors import InputError, ModelError, TLPersonaError
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        argv: The arguments without the program's name; None takes the process's own.
+    """
+    arguments = build_parser().parse_args(argv)
+    command = import_module(f"tl_persona.commands.{arguments.command}")
+    try:
+        code: int = command.run(arguments)
+        return code
+    except (InputError, ModelError) as error:
+        print(f"tl-persona: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except TLPersonaError as error:
+        print(f"tl-persona: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("tl-persona: interrupted; what was saved is complete, run again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="tl-persona", description="Persona vectors and steering vectors out of a language model."
+    )
+    parser.add_argument("--version", action="version", version=f"tl-persona {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_extract(commands)
+    _add_show(commands)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", required=True, help="a hub id, a local model folder, a .gguf file, or smollm2 (the demo model)"
+    )
+    model.add_argument("--kind", choices=("auto", "hooked", "bridge"), default="auto", help="TransformerLens class")
+    model.add_argument("--dtype", help="such as bfloat16; default: the checkpoint's own")
+    model.add_argument("--device", help="such as cuda:0; default: cuda where there is one, else cpu")
+    model.add_argument("--revision", help="hub revision")
+    model.add_argument("--trust-remote-code", action="store_true", help="let the model's own code run")
+
+
+def _add_extract(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "extract",
+        help="extract persona vectors and save them",
+        description="Extract one vector a persona, prompt variant and mask strategy. What is stored and would come "
+        "out the same is skipped, so a run that was stopped goes on where it was.",
+    )
+    _add_model_arguments(parser)
+    data = parser.add_argument_group("personas and questions")
+    data.add_argument("--dataset", metavar="REPO", help="a hub data set or a folder; default: the bundled personas")
+    data.add_argument("--personas", metavar="JSONL", help="a personas file (with --qa)")
+    data.add_argument("--qa", metavar="JSONL", help="a questions file (with --personas)")
+    chosen = data.add_mutually_exclusive_group()
+    chosen.add_argument("--persona-id", nargs="+", metavar="ID", help="only these personas")
+    chosen.add_argument("--sample-size", type=_positive, metavar="N", help="only the first N personas")
+    data.add_argument(
+        "--n-train", type=_positive, metavar="N", help="at most N questions of the leakage-filtered train split"
+    )
+    data.add_argument("--qa-type", choices=("all", "explicit", "implicit"), default="all")
+    data.add_argument("--seed", type=int, default=0, help="of the train split's shuffle")
+    what = parser.add_argument_group("what to extract")
+    what.add_argument("--variants", nargs="+", default=["templated", "biography"], metavar="VARIANT")
+    what.add_argument(
+        "--mask-strategy",
+        nargs="+",
+        default=["answer_mean"],
+        metavar="STRATEGY",
+        help="one or several, or all: they share the forward passes",
+    )
+    what.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help="ints, ranges 10:20, hook names or globs; default: every block"
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--backend", choices=("local", "remote"), default="local")
+    running.add_argument("--activations-dir", metavar="DIR", help="default: artifacts/activations")
+    running.add_argument("--batch-tokens", type=_positive, metavar="N", help="padded tokens a forward pass may hold")
+    running.add_argument("--verbose", action="store_true", help="show prompts with their masks in colour")
+    running.add_argument("--force", action="store_true", help="extract what is stored already again")
+    running.add_argument("--skip-failed", action="store_true", help="go on after a persona that fails; exit code 1")
+
+
+def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("show", help="describe a saved vector", description="Describe a saved vector.")
+    parser.add_argument("path", help="a .safetensors file")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number

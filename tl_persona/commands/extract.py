@@ -1,0 +1,124 @@
+"""`tl-persona extract`: persona vectors of a data set, saved as they are done."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tl_persona.checkpoints import find_checkpoint
+from tl_persona.commands.model import load_named_model
+from tl_persona.errors import InputError, TLPersonaError
+from tl_persona.extraction import ExtractionResult, run_extraction
+from tl_persona.masks import MaskStrategy, as_strategies
+from tl_persona.plan import DEFAULT_BATCH_TOKENS
+from tl_persona.samples import Persona, PersonaDataset, QAPair
+from tl_persona.store import PersonaVectorStore
+
+
+def run(arguments: Namespace) -> int:
+    """Extracts, prints a summary, and returns the exit code."""
+    errors = Console(stderr=True, highlight=False)
+    wanted = arguments.mask_strategy
+    strategies = tuple(MaskStrategy) if wanted == ["all"] else as_strategies(wanted)
+    dataset = _dataset(arguments)
+    personas = _personas(dataset, arguments)
+    # All questions are read before the model is loaded: a bad line costs seconds, not minutes.
+    questions = {persona.id: _questions(dataset, persona, arguments) for persona in personas}
+    name = find_checkpoint(arguments.model, arguments.revision).name
+    if arguments.backend == "remote":
+        raise InputError("--backend remote is not available in this version: use local")
+    model = load_named_model(arguments, errors)
+    results: list[tuple[Persona, ExtractionResult]] = []
+    failed: list[str] = []
+    with PersonaVectorStore(name, arguments.activations_dir, variants=arguments.variants) as store:
+        for persona in personas:
+            try:
+                done = run_extraction(
+                    model,
+                    name,
+                    questions[persona.id],
+                    arguments.variants,
+                    persona=persona,
+                    mask_strategy=strategies,
+                    verbose=arguments.verbose,
+                    activations_dir=arguments.activations_dir,
+                    layers=arguments.layers,
+                    force=arguments.force,
+                    batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS,
+                    store=store,
+                )
+            except TLPersonaError as error:
+                if not arguments.skip_failed:
+                    raise
+                failed.append(persona.id)
+                errors.print(f"[red]{persona.id} failed:[/red] {error}")
+                continue
+            for result in done:
+                for reason in result.reasons:
+                    errors.print(f"{persona.id} {result.variant} {result.strategy}: extracted again: {reason}")
+            results += [(persona, result) for result in done]
+    Console(highlight=False).print(_summary(results))
+    if failed:
+        errors.print(f"{len(failed)} of {len(personas)} personas failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _dataset(arguments: Namespace) -> PersonaDataset:
+    files = (arguments.personas, arguments.qa)
+    if any(files) and not all(files):
+        raise InputError("--personas and --qa go together: give both files")
+    if any(files) and arguments.dataset:
+        raise InputError("--dataset goes without --personas and --qa: give one or the other")
+    if all(files):
+        return PersonaDataset.from_jsonl(*files)
+    return PersonaDataset.from_hub(arguments.dataset) if arguments.dataset else PersonaDataset.bundled()
+
+
+def _personas(dataset: PersonaDataset, arguments: Namespace) -> Sequence[Persona]:
+    if arguments.persona_id:
+        return [dataset.get_persona(persona_id) for persona_id in dict.fromkeys(arguments.persona_id)]
+    return list(dataset)[: arguments.sample_size]
+
+
+def _questions(dataset: PersonaDataset, persona: Persona, arguments: Namespace) -> list[QAPair]:
+    if arguments.n_train is None:
+        chosen = list(dataset.get_qa(persona.id))
+    else:
+        chosen = list(dataset.train_test_split(persona.id, n_train=arguments.n_train, seed=arguments.seed)[0])
+    # The type filter comes after the split, so that the split does not depend on it.
+    if arguments.qa_type != "all":
+        chosen = [pair for pair in chosen if pair.type == arguments.qa_type]
+    if not chosen and not arguments.skip_failed:
+        raise InputError(
+            f"persona {persona.id!r}: no question is left with --qa-type {arguments.qa_type}"
+            f"{'' if arguments.n_train is None else f' --n-train {arguments.n_train}'}: widen the selection"
+        )
+    return chosen
+
+
+def _summary(results: Sequence[tuple[Persona, ExtractionResult]]) -> Table:
+    """One row a persona and variant; strategies that share the row share its forward passes too."""
+    rows: dict[tuple[str, str], list[ExtractionResult]] = {}
+    for persona, result in results:
+        rows.setdefault((persona.id, result.variant), []).append(result)
+    table = Table("persona", "variant", title="persona vectors")
+    table.add_column("questions", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("extracted", justify="right")
+    table.add_column("kept", justify="right")
+    table.add_column("saved in", overflow="fold")
+    for (persona_id, variant), group in rows.items():
+        table.add_row(
+            persona_id,
+            variant,
+            str(max(result.n_questions for result in group)),
+            f"{max(result.n_tokens for result in group):,}",
+            str(sum(result.extracted for result in group)),
+            str(sum(not result.extracted for result in group)),
+            "/".join((group[0].strategy if len(group) == 1 else "<strategy>", variant)),
+        )
+    if results:
+        # The model's folder is the same for all rows, so it stands below the table once.
+        table.caption = f"under {results[0][1].output_dir.parent.parent}"
+    return table

@@ -1,0 +1,199 @@
+"""One variant of one persona: what has to be computed, and computing it.
+
+A job is prepared for every variant before any of them runs, so that bad input is found before the model works.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tl_persona.backends import Backend
+from tl_persona.masks import MaskStrategy
+from tl_persona.plan import Plan, make_plan
+from tl_persona.prepared import MaskedPrompts
+from tl_persona.progress import token_progress
+from tl_persona.provenance import Provenance, text_digest
+from tl_persona.reducers import PersonaMean
+from tl_persona.samples import PersonaLike
+from tl_persona.store import PersonaVectorStore
+from tl_persona.tensors import LayerVectors
+
+OnStatus = Callable[[str, str, str], None]
+"""Called with job id, status and description; the job id of local work is `local`."""
+
+
+@dataclass(frozen=True)
+class ExtractionResult:
+    """What `run_extraction` did for one prompt variant and one strategy.
+
+    Attributes:
+        variant: The prompt variant.
+        output_dir: The folder the vector is stored in.
+        n_questions: How many questions it is the mean of.
+        persona_name: The persona's display name.
+        strategy: The mask strategy.
+        n_tokens: Tokens of all its prompts.
+        extracted: False where the same vector was stored already.
+        reasons: Why a stored vector was replaced, one line each.
+    """
+
+    variant: str
+    output_dir: Path
+    n_questions: int
+    persona_name: str
+    strategy: MaskStrategy
+    n_tokens: int
+    extracted: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VariantJob:
+    """One variant, ready to run.
+
+    Attributes:
+        persona: Whose vectors.
+        variant: Which view of the persona.
+        masked: Its prompts and masks.
+        provenances: For every strategy what decides its vector.
+        reasons: For every strategy why what is stored cannot stay.
+        todo: The strategies that are to be computed.
+        plan: What computes them; None where there is nothing to do.
+        rows: For each sample of the plan, which of `todo`, by index, its mask rows belong to.
+    """
+
+    persona: PersonaLike
+    variant: str
+    masked: MaskedPrompts
+    provenances: Mapping[MaskStrategy, Provenance]
+    reasons: Mapping[MaskStrategy, tuple[str, ...]]
+    todo: tuple[MaskStrategy, ...]
+    plan: Plan | None
+    rows: list[list[int]]
+
+    @classmethod
+    def prepare(
+        cls,
+        backend: Backend,
+        store: PersonaVectorStore,
+        persona: PersonaLike,
+        variant: str,
+        masked: MaskedPrompts,
+        provenances: Mapping[MaskStrategy, Provenance],
+        *,
+        force: bool,
+        batch_tokens: int,
+    ) -> "VariantJob":
+        """Compares with what is stored and plans the rest.
+
+        Raises:
+            InputError: A sample that the model cannot run.
+            StoreError: A stored file that cannot be read.
+        """
+        status = {name: store.status(variant, persona.id, provenances[name], name) for name in provenances}
+        todo = tuple(name for name, found in status.items() if force or found.state != "same")
+        samples, rows = masked.samples(todo)
+        plan = make_plan(samples, n_ctx=backend.facts.n_ctx, batch_tokens=batch_tokens) if todo else None
+        reasons = {name: found.reasons for name, found in status.items()}
+        return cls(persona, variant, masked, provenances, reasons, todo, plan, rows)
+
+    def run(
+        self,
+        backend: Backend,
+        store: PersonaVectorStore,
+        *,
+        show_progress: bool,
+        on_status: OnStatus | None,
+    ) -> list[ExtractionResult]:
+        """Computes and saves what is to be done; one result a strategy, in the order of the strategies.
+
+        Raises:
+            NonFiniteError: An activation holds NaN or infinity.
+            StoreError: A vector cannot be saved.
+        """
+        vectors: dict[MaskStrategy, LayerVectors] = {}
+        if self.plan is not None:
+            hook_names = self.provenances[self.todo[0]].hook_names
+            title = f"{self.persona.name} · {self.variant}"
+            means = pooled_means(backend, self.plan, self.rows, len(self.todo), hook_names, title, show_progress)
+            vectors = dict(zip(self.todo, means, strict=True))
+        results = []
+        for strategy, provenance in self.provenances.items():
+            prompts = self.masked.prompts_of(strategy)
+            if strategy in vectors:
+                ids = provenance.sample_ids
+                store.save(
+                    self.variant,
+                    self.persona.id,
+                    self.persona.name,
+                    vectors[strategy],
+                    ids,
+                    strategy,
+                    provenance=provenance,
+                )
+            if on_status is not None:
+                state = "COMPLETED" if strategy in vectors else "SKIPPED"
+                on_status("local", state, f"{self.persona.id} {self.variant} {strategy}")
+            results.append(
+                ExtractionResult(
+                    variant=self.variant,
+                    output_dir=store.path_of(self.variant, self.persona.id, strategy).parent,
+                    n_questions=len(prompts),
+                    persona_name=self.persona.name,
+                    strategy=strategy,
+                    n_tokens=sum(len(prompt.input_ids) for prompt in prompts),
+                    extracted=strategy in vectors,
+                    reasons=self.reasons[strategy],
+                )
+            )
+        return results
+
+
+def pooled_means(
+    backend: Backend,
+    plan: Plan,
+    rows: Sequence[Sequence[int]],
+    n_masks: int,
+    hook_names: Sequence[str],
+    description: str,
+    show_progress: bool,
+) -> list[LayerVectors]:
+    """The mean over samples of each mask; `rows[i]` says which masks the rows of sample i belong to."""
+    mean = PersonaMean(n_masks)
+    with token_progress(description, plan.tokens, show=show_progress) as advance:
+        for pooled in backend.pool(plan, hook_names):
+            mean.add(pooled.means, rows[pooled.sample])
+            advance(len(plan.samples[pooled.sample].input_ids))
+    return mean.results()
+
+
+def provenance_of(
+    backend: Backend, model_name: str, hook_names: Sequence[str], strategy: MaskStrategy, masked: MaskedPrompts
+) -> Provenance:
+    """What decides the vector of one strategy, and notes of how it was computed."""
+    prompts = masked.prompts_of(strategy)
+    facts = backend.facts
+    return Provenance(
+        model_name=model_name,
+        revision=facts.revision,
+        dtype=facts.dtype,
+        weights=facts.weights,
+        hook_names=tuple(hook_names),
+        strategy=str(strategy),
+        prompts_digest=text_digest([prompt.prompt_text for prompt in prompts]),
+        sample_ids=tuple(prompt.sample_id for prompt in prompts),
+        notes={
+            "model_class": facts.kind,
+            "tl_persona": _version("tl-persona"),
+            "transformer_lens": _version("transformer-lens"),
+            "torch": _version("torch"),
+        },
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"

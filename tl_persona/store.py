@@ -1,0 +1,354 @@
+"""Persona vectors on disk: `<root>/<model>/<mask_strategy>/<variant>/<persona_id>.safetensors`.
+
+Decides where a vector lies, what may be saved beside what, and whether a stored vector is still the right one.
+The bytes of a file are `artifact`'s work, the index of a folder `manifest`'s, safe writing `files`'. A folder that
+another library wrote in this layout is read as it is, and such a library reads ours.
+"""
+
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import msgspec
+from torch import Tensor
+
+from tl_persona import manifest
+from tl_persona.artifact import SUFFIX, ArtifactHeader, decode, encode, read_bytes, read_header
+from tl_persona.description import ArtifactDescription as ArtifactDescription
+from tl_persona.description import describe as describe
+from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
+from tl_persona.files import make_folder, model_folder_name, refuse_outside, safe_component, write_atomically
+from tl_persona.provenance import Provenance
+from tl_persona.samples import BASELINE_PERSONA_ID
+from tl_persona.tensors import LayerVectors
+
+DEFAULT_ROOT = Path("artifacts/activations")
+DEFAULT_VARIANTS = ("templated", "biography")
+DEFAULT_MASK_STRATEGY = "answer_mean"
+
+
+class StoredStatus(msgspec.Struct, frozen=True):
+    """Whether a stored vector is what would be computed now.
+
+    Attributes:
+        state: `absent`, `same`, `differs` (computed from something else) or `corrupt` (not to be trusted).
+        reasons: For `differs` and `corrupt`, one line each on what was found.
+    """
+
+    state: Literal["absent", "same", "differs", "corrupt"]
+    reasons: tuple[str, ...] = ()
+
+
+class PersonaVectorStore:
+    """The vectors of one model, by variant and persona.
+
+    Saving is atomic and safe for several processes at once. Use the store as a context manager, or call `flush`,
+    so that `manifest.json` is complete when you are done; readers of this package do not need it to be.
+
+    Args:
+        model_name: Names the folder; `/` becomes `__`.
+        root_dir: Where the store lies; by default `artifacts/activations` under the current directory.
+        mask_strategy: What methods use that are not given another; a `MaskStrategy` or its value. None is the default.
+        variants: What methods look into that are not given others.
+
+    Raises:
+        InputError: The model name or the strategy cannot name a folder.
+
+    Example:
+        >>> import tempfile, torch
+        >>> root = tempfile.TemporaryDirectory()
+        >>> with PersonaVectorStore("org/model", root.name) as store:
+        ...     folder = store.save("templated", "p1", "Ada", torch.ones(2, 3), ["q1", "q2"])
+        >>> store.load("templated", "p1").sum().item()
+        6.0
+        >>> store.persona_names(["p1"], ["templated"])
+        {'p1': 'Ada'}
+        >>> root.cleanup()
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        root_dir: str | Path | None = None,
+        mask_strategy: object | None = DEFAULT_MASK_STRATEGY,
+        variants: Sequence[str] = DEFAULT_VARIANTS,
+    ) -> None:
+        self.model_name = model_name
+        self.root_dir = DEFAULT_ROOT if root_dir is None else Path(root_dir).expanduser()
+        self.mask_strategy = mask_strategy
+        self.variants = tuple(variants)
+        self._strategy_folder(mask_strategy)
+        self._used_folders: set[Path] = set()
+
+    def __enter__(self) -> "PersonaVectorStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    def save(
+        self,
+        prompt_variant: str,
+        persona_id: str,
+        persona_name: str,
+        vectors: Tensor,
+        sample_ids: Sequence[str],
+        mask_strategy: object | None = None,
+        *,
+        provenance: Provenance | None = None,
+    ) -> Path:
+        """Save one persona's `vectors` (layer, d_model) as float32, over what is stored of it, and return the folder.
+
+        Raises:
+            InputError: A name that is no file name, a tensor of another kind, provenance that does not fit them.
+            NonFiniteError: A layer holds NaN, infinity or a number beyond float32.
+            StoreMismatchError: The folder holds vectors of another shape, hooks or weights, or a file whose name
+                differs in nothing but case.
+            StoreError: The file system refused; a newer tl_persona wrote the folder; a link leads out of the store.
+        """
+        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        if isinstance(sample_ids, str):
+            raise InputError(f"persona {persona_id!r}: sample_ids is the text {sample_ids!r}, not a list of ids")
+        data = encode(
+            vectors,
+            persona_id=persona_id,
+            persona_name=persona_name,
+            sample_ids=[str(sample_id) for sample_id in sample_ids],
+            provenance=provenance,
+        )
+        layers, width = vectors.shape
+        with self._writing(path.parent):
+            refuse_outside(path, self.root_dir)
+            _check_fits(path.parent, (layers, width), provenance)
+            _check_not_anothers(path, persona_id)
+            write_atomically(path, data)
+            manifest.record(path.parent, path)
+        return path.parent
+
+    def load(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> LayerVectors:
+        """The stored vectors, in float32, their checksum verified.
+
+        Raises:
+            NotStoredError: Nothing is stored under these names.
+            CorruptFileError: The file is truncated or altered.
+            StoreError: The file cannot be read, or a newer tl_persona wrote it.
+        """
+        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        return decode(read_bytes(path), path, persona_id)[1]
+
+    def list_personas(
+        self,
+        variants: Sequence[str] | None = None,
+        mask_strategy: object | None = None,
+        warn_missing: bool = True,
+        *,
+        include_baseline: bool = False,
+    ) -> list[str]:
+        """Sorted ids of the personas stored in every one of `variants`.
+
+        Args:
+            variants: None takes the store's own.
+            mask_strategy: None takes the store's own.
+            warn_missing: Whether to warn of personas that some of the variants lack.
+            include_baseline: Whether `baseline_assistant` counts as a persona.
+        """
+        found = [set(index.personas) for index in self._indexes(variants, mask_strategy)]
+        if not found or not all(found):
+            return []
+        shared = set.intersection(*found)
+        skipped = len(set.union(*found) - shared)
+        if warn_missing and skipped:
+            warnings.warn(f"{skipped} persona(s) are not stored in every requested variant: left out", stacklevel=2)
+        return sorted(shared if include_baseline else shared - {BASELINE_PERSONA_ID})
+
+    def persona_names(
+        self,
+        persona_ids: Sequence[str],
+        variants: Sequence[str] | None = None,
+        mask_strategy: object | None = None,
+    ) -> dict[str, str]:
+        """Display names in the order of `persona_ids`, from the first variant that has one; unknown ids are left out.
+
+        Empty, as `list_personas` is, when one of the variants holds nothing.
+        """
+        indexes = self._indexes(variants, mask_strategy)
+        if not all(index.personas for index in indexes):
+            return {}
+        names = {}
+        for persona_id in persona_ids:
+            known = (index.personas[persona_id]["name"] for index in indexes if persona_id in index.personas)
+            name = next(filter(None, known), None)
+            if name is not None:
+                names[persona_id] = name
+        return names
+
+    def persona_sample_ids(
+        self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None
+    ) -> list[str] | None:
+        """Ids of the samples that were averaged; None where nothing is stored or its ids are not known."""
+        header = self._header(prompt_variant, persona_id, mask_strategy)
+        return None if header is None else manifest.name_and_sample_ids(header)[1]
+
+    def list_layers(
+        self,
+        variants: Sequence[str],
+        persona_ids: Sequence[str] | None = None,
+        mask_strategy: object | None = None,
+    ) -> list[int]:
+        """Layer indices that all of `variants` have; empty when one holds nothing or lacks one of `persona_ids`."""
+        indexes = self._indexes(variants, mask_strategy)
+        wanted = set(persona_ids or ())
+        if not indexes or not all(wanted <= index.personas.keys() for index in indexes):
+            return []
+        return list(range(min(0 if index.shape is None else index.shape[0] for index in indexes)))
+
+    def available_variants(
+        self, variants: Sequence[str] | None = None, mask_strategy: object | None = None
+    ) -> list[str]:
+        """Those of `variants`, by default of the store's own, in which something is stored."""
+        candidates = self.variants if variants is None else tuple(variants)
+        return [name for name in candidates if self._indexes([name], mask_strategy)[0].personas]
+
+    def path_of(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> Path:
+        """Where a persona's file lies, whether or not it is there.
+
+        Raises:
+            InputError: One of the names cannot be a file's or folder's.
+        """
+        return self._folder(prompt_variant, mask_strategy) / f"{safe_component(persona_id, 'persona id')}{SUFFIX}"
+
+    def status(
+        self,
+        prompt_variant: str,
+        persona_id: str,
+        provenance: Provenance,
+        mask_strategy: object | None = None,
+    ) -> StoredStatus:
+        """Whether the stored vector is what `provenance` would give again. Reads and verifies the whole file.
+
+        Raises:
+            StoreError: The file cannot be read, or a newer tl_persona wrote it: neither is a reason to replace it.
+        """
+        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        self._used_folders.add(path.parent)
+        try:
+            recorded = decode(read_bytes(path), path, persona_id)[0].provenance
+        except NotStoredError:
+            return StoredStatus("absent")
+        except CorruptFileError as error:
+            return StoredStatus("corrupt", (str(error),))
+        if recorded is None:
+            return StoredStatus("differs", ("the file does not record what it was computed from",))
+        differences = recorded.differences(provenance)
+        return StoredStatus("differs", tuple(differences)) if differences else StoredStatus("same")
+
+    def stored_digest(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> str | None:
+        """The digest in the file's header, without reading its tensor; None where there is no trustworthy one."""
+        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        try:
+            return read_header(path, persona_id).digest
+        except StoreError:
+            return None
+
+    def provenance(
+        self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None
+    ) -> Provenance | None:
+        """What a stored vector was computed from; None where it was saved without, or by another library.
+
+        Raises:
+            NotStoredError: Nothing is stored under these names.
+            StoreError: The file's header cannot be read.
+        """
+        return read_header(self.path_of(prompt_variant, persona_id, mask_strategy), persona_id).provenance
+
+    def rebuild_manifest(self, prompt_variant: str, mask_strategy: object | None = None) -> list[str]:
+        """Write one folder's `manifest.json` anew from the headers of its files, and return the ids found.
+
+        Raises:
+            NotStoredError: There is no such folder.
+            StoreError: It cannot be read or written.
+        """
+        folder = self._folder(prompt_variant, mask_strategy)
+        if not folder.is_dir():
+            raise NotStoredError(f"nothing is stored in {folder}; extract it first")
+        with self._writing(folder):
+            return list(manifest.rewrite(folder, trust=False).personas)
+
+    def flush(self) -> None:
+        """Complete `manifest.json` in the folders this object has saved to, or has asked the `status` of.
+
+        Raises:
+            StoreError: A manifest cannot be written; the vectors themselves are safe.
+        """
+        for folder in sorted(self._used_folders):
+            if not manifest.is_up_to_date(folder):
+                with self._writing(folder):
+                    manifest.rewrite(folder)
+        self._used_folders.clear()
+
+    def _strategy_folder(self, mask_strategy: object | None) -> Path:
+        chosen = self.mask_strategy if mask_strategy is None else mask_strategy
+        name = DEFAULT_MASK_STRATEGY if chosen is None else str(getattr(chosen, "value", chosen))
+        return self.root_dir / model_folder_name(self.model_name) / safe_component(name, "mask strategy")
+
+    def _folder(self, prompt_variant: str, mask_strategy: object | None) -> Path:
+        return self._strategy_folder(mask_strategy) / safe_component(prompt_variant, "prompt variant")
+
+    def _indexes(self, variants: Sequence[str] | None, mask_strategy: object | None) -> list[manifest.Index]:
+        names = self.variants if variants is None else variants
+        return [manifest.read_index(self._folder(name, mask_strategy)) for name in names]
+
+    def _header(self, prompt_variant: str, persona_id: str, mask_strategy: object | None) -> ArtifactHeader | None:
+        try:
+            return read_header(self.path_of(prompt_variant, persona_id, mask_strategy), persona_id)
+        except NotStoredError:
+            return None
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        refuse_outside(folder, self.root_dir)
+        make_folder(folder)
+        self._used_folders.add(folder)
+        with manifest.locked(folder):
+            yield
+
+
+def _check_fits(folder: Path, shape: tuple[int, int], provenance: Provenance | None) -> None:
+    stated = manifest.stated_shape(folder)
+    neighbour = manifest.any_header(folder)
+    held = stated if neighbour is None else neighbour.shape
+    if held not in (None, shape):
+        raise StoreMismatchError(
+            f"{folder} holds vectors of shape {held}, (layer, d_model); this one has {shape}. "
+            "Save it under another root, or remove that folder"
+        )
+    recorded = None if neighbour is None else neighbour.provenance
+    if recorded is None or provenance is None:
+        return
+    for what in ("hook_names", "weights"):
+        there, here = getattr(recorded, what), getattr(provenance, what)
+        if there != here:
+            raise StoreMismatchError(
+                f"{folder} holds vectors whose {what} are {there!r}; here they are {here!r}. "
+                "Save it under another root, or remove that folder"
+            )
+
+
+def _check_not_anothers(path: Path, persona_id: str) -> None:
+    """On a file system that ignores case, `Ada` and `ada` are one file."""
+    try:
+        holder = read_header(path).persona_id
+    except (NotStoredError, CorruptFileError):
+        return
+    if holder is not None and holder != persona_id and _folded(holder) == _folded(persona_id):
+        raise StoreMismatchError(f"{path} holds persona {holder!r}, which this file system takes for {persona_id!r}")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
