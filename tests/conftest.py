@@ -5,10 +5,13 @@ import beartype  # noqa: F401, I001 - before anything that imports nnsight, whic
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach a hub
+# Threads cost a tiny model more than they save, twenty times more where tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +62,22 @@ def tiny_gpt2(tiny_model: Callable[[str], Path]) -> Path:
 def tiny_gemma(tiny_model: Callable[[str], Path]) -> Path:
     """Gemma-2-like, norms before and after, capped scores; a template without a system role, with a rendered BOS."""
     return tiny_model("gemma")
+
+
+@pytest.fixture(scope="session")
+def tiny_hooked(tiny_model: Callable[[str], Path]) -> Callable[[str, str], Any]:
+    """Give a tiny model by family and kind (`hooked` or `bridge`), booted at first use; leave it as you found it."""
+    from tiny import hooked_gemma
+
+    from tl_persona import load_model
+
+    booted: dict[tuple[str, str], Any] = {}
+
+    def model_of(family: str, kind: str) -> Any:
+        if (family, kind) not in booted:
+            by_hand = (family, kind) == ("gemma", "hooked")
+            folder = tiny_model(family)
+            booted[family, kind] = hooked_gemma(folder) if by_hand else load_model(folder, kind=kind)
+        return booted[family, kind]
+
+    return model_of

@@ -20,19 +20,27 @@ STAGES = (
     "hub",
     "samples",
     "contrast",
+    "layout",
+    "templates",
+    "spans",
     "prompts",
     "masks",
+    "tries",
+    "plan",
+    "prepared",
     "hooks",
     "configs",
     "checkpoints",
     "models",
-    "plan",
+    "positions",
     "backends",
     "backends.local",
     "backends.remote",
     "reducers",
+    "spool",
     "directions",
     "statistics",
+    "steering",
     "vectors",
     "artifact",
     "manifest",
@@ -42,10 +50,11 @@ STAGES = (
     "progress",
     "report",
     "export",
+    "jobs",
     "loading",
     "extraction",
     "caa",
-    "steering",
+    "commands",
     "cli",
     "__main__",
 )
@@ -55,7 +64,7 @@ A part of a listed module (`backends.local.pooling`, say) stands where that modu
 its parts.
 """
 
-MAY_IMPORT_A_BACKEND = {"loading", "extraction", "caa", "steering", "cli"}
+MAY_IMPORT_A_BACKEND = {"jobs", "loading", "extraction", "caa", "commands", "cli"}
 """The recipes and the command line: the outermost layer."""
 
 HOME_OF = {"transformer_lens": "backends.local", "nnsight": "backends.remote"}

@@ -382,6 +382,7 @@ def test_files_tell_their_shape_when_the_manifest_is_gone(store: PersonaVectorSt
     (save(store) / "manifest.json").unlink()
     with pytest.raises(StoreMismatchError, match=r"\(2, 3\).*\(4, 3\)"):
         save(store, "p2", vectors=torch.ones(4, 3), provenance=None)
+    assert not store.path_of("templated", "p2").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ moves numbers far past any tolerance. Nothing here knows the package under test.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -211,3 +212,52 @@ def _spread_norms(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def hooked_gemma(folder: Path) -> Any:
+    """A `HookedTransformer` of a tiny Gemma 2, booted by hand: TransformerLens knows the official Gemmas by name only.
+
+    Its weights are unprocessed, and its tokenizer is the folder's.
+    """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig, loading_from_pretrained
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = hf_model.config
+    cfg = HookedTransformerConfig(
+        n_layers=theirs.num_hidden_layers,
+        d_model=theirs.hidden_size,
+        n_ctx=theirs.max_position_embeddings,
+        d_head=theirs.head_dim,
+        n_heads=theirs.num_attention_heads,
+        n_key_value_heads=theirs.num_key_value_heads,
+        d_mlp=theirs.intermediate_size,
+        d_vocab=theirs.vocab_size,
+        eps=theirs.rms_norm_eps,
+        act_fn="gelu_pytorch_tanh",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        use_normalization_before_and_after=True,
+        positional_embedding_type="rotary",
+        rotary_dim=theirs.head_dim,
+        rotary_base=int(theirs.rope_parameters["rope_theta"]),
+        use_attn_scale=True,
+        attn_scale=theirs.query_pre_attn_scalar**0.5,
+        attn_scores_soft_cap=theirs.attn_logit_softcapping,
+        output_logits_soft_cap=theirs.final_logit_softcapping,
+        use_local_attn=True,
+        window_size=theirs.sliding_window,
+        attn_types=["local" if kind == "sliding_attention" else "global" for kind in theirs.layer_types],
+        original_architecture="Gemma2ForCausalLM",
+        model_name="hooked-gemma",
+        dtype=torch.float32,
+        device="cpu",
+    )
+    model = HookedTransformer(cfg, tokenizer=tokenizer)
+    weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model=hf_model, dtype=torch.float32)
+    model.load_and_process_state_dict(
+        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    model.tokenizer = tokenizer
+    return model.eval()

@@ -37,8 +37,23 @@ _HOME = {
     "SteeringVectorSet": "vectors",
     "TLPersonaError": "errors",
     "extract_activations": "extraction",
+    "extract_caa_vector": "caa",
+    "extract_caa_vectors": "caa",
+    "get_model_config": "configs",
     "load_model": "loading",
     "load_pairs": "contrast",
+    "load_assertiveness_pairs": "contrast",
+    "load_conciseness_pairs": "contrast",
+    "load_creativity_pairs": "contrast",
+    "load_empathy_pairs": "contrast",
+    "load_formality_pairs": "contrast",
+    "load_humor_pairs": "contrast",
+    "load_instruction_hierarchy_pairs": "contrast",
+    "load_refusal_pairs": "contrast",
+    "load_technical_depth_pairs": "contrast",
+    "load_tool_restraint_pairs": "contrast",
+    "load_uncertainty_pairs": "contrast",
+    "BEHAVIORS": "contrast",
     "prepare_inputs": "prepared",
     "resolve_hooks": "hooks",
     "run_extraction": "extraction",
@@ -46,6 +61,7 @@ _HOME = {
 
 __all__ = [
     "BASELINE_PERSONA_ID",
+    "BEHAVIORS",
     "ContrastPair",
     "ContrastPairDataset",
     "ExtractionResult",
@@ -59,15 +75,47 @@ __all__ = [
     "SteeringVectorSet",
     "TLPersonaError",
     "extract_activations",
+    "extract_caa_vector",
+    "extract_caa_vectors",
+    "get_model_config",
+    "load_assertiveness_pairs",
+    "load_conciseness_pairs",
+    "load_creativity_pairs",
+    "load_empathy_pairs",
+    "load_formality_pairs",
+    "load_humor_pairs",
+    "load_instruction_hierarchy_pairs",
     "load_model",
     "load_pairs",
+    "load_refusal_pairs",
+    "load_technical_depth_pairs",
+    "load_tool_restraint_pairs",
+    "load_uncertainty_pairs",
     "prepare_inputs",
     "resolve_hooks",
     "run_extraction",
 ]
 
 if TYPE_CHECKING:
-    from tl_persona.contrast import ContrastPair, ContrastPairDataset, load_pairs
+    from tl_persona.caa import extract_caa_vector, extract_caa_vectors
+    from tl_persona.configs import get_model_config
+    from tl_persona.contrast import (
+        BEHAVIORS,
+        ContrastPair,
+        ContrastPairDataset,
+        load_assertiveness_pairs,
+        load_conciseness_pairs,
+        load_creativity_pairs,
+        load_empathy_pairs,
+        load_formality_pairs,
+        load_humor_pairs,
+        load_instruction_hierarchy_pairs,
+        load_pairs,
+        load_refusal_pairs,
+        load_technical_depth_pairs,
+        load_tool_restraint_pairs,
+        load_uncertainty_pairs,
+    )
     from tl_persona.errors import TLPersonaError
     from tl_persona.extraction import ExtractionResult, extract_activations, run_extraction
     from tl_persona.hooks import resolve_hooks

@@ -17,7 +17,7 @@ from tl_persona.errors import InputError
 from tl_persona.hooks import LayerSelection, resolve_hooks
 from tl_persona.jobs import ExtractionResult, OnStatus, VariantJob, pooled_means, provenance_of
 from tl_persona.masks import MaskStrategy, as_strategies
-from tl_persona.plan import DEFAULT_BATCH_TOKENS, Sample, make_plan
+from tl_persona.plan import Sample
 from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
 from tl_persona.samples import PersonaLike, QALike, system_prompt
 from tl_persona.store import PersonaVectorStore
@@ -42,7 +42,7 @@ def extract_activations(
     layers: LayerSelection = None,
     remote: bool = False,
     on_status: OnStatus | None = None,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     show_progress: bool = False,
 ) -> LayerVectors:
     """Mean over the selected tokens of each sample, then over samples; every sample weighs the same.
@@ -54,7 +54,7 @@ def extract_activations(
         layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
         remote: True runs on NDIF.
         on_status: Told when the work is done (see `OnStatus`).
-        batch_tokens: Padded tokens a forward pass may hold.
+        batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
         show_progress: Shows a bar on a terminal.
 
     Returns:
@@ -73,7 +73,7 @@ def extract_activations(
     ]
     backend = open_backend(model, remote=remote)
     hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
-    plan = make_plan(samples, n_ctx=backend.facts.n_ctx, batch_tokens=batch_tokens)
+    plan = backend.plan(samples, batch_tokens=batch_tokens)
     (vectors,) = pooled_means(backend, plan, [[0]] * len(samples), 1, hook_names, "extracting", show_progress)
     if on_status is not None:
         on_status("local", "COMPLETED", f"{len(samples)} samples")
@@ -95,7 +95,7 @@ def run_extraction(
     layers: LayerSelection = None,
     template_kwargs: Mapping[str, Any] | None = None,
     force: bool = False,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     show_progress: bool = True,
     store: PersonaVectorStore | None = None,
 ) -> list[ExtractionResult]:
@@ -118,7 +118,7 @@ def run_extraction(
         layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
         template_kwargs: Passed to the chat template.
         force: True computes what is stored again.
-        batch_tokens: Padded tokens a forward pass may hold.
+        batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
         show_progress: Shows a bar on a terminal.
         store: Where to save, in place of `activations_dir`; the caller flushes it. One store for many personas saves
             the bookkeeping that each call would do.

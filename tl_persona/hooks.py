@@ -3,21 +3,27 @@
 A selection is an int, a range `"10:20"`, a hook name, a glob, a predicate on names, or a list of these. Names are
 TransformerLens's; an int i means `blocks.i.hook_resid_post`, the output of block i. Whether a hook carries a
 `d_model` axis is seen when it runs, so the backends check that.
+
+In a glob `*` and `?` stay between two dots, so that `blocks.*.hook_out` does not also choose `blocks.0.attn.hook_out`;
+`**` crosses dots; `[0-3]` is one of some characters. A model may know one hook by two names (a TransformerBridge does):
+each is chosen by its own name only.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 from tl_persona.errors import HookError
 
-LayerChoice: TypeAlias = int | str | slice | range | Callable[[str], bool]
+LayerChoice: TypeAlias = SupportsIndex | str | slice | range | Callable[[str], bool]
 LayerSelection: TypeAlias = LayerChoice | Sequence[LayerChoice] | None
 
-_RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)\s*)?")
+_INT = re.compile(r"\s*-?\d+\s*")
+_RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_GLOB_PART = re.compile(r"\*\*|\*|\?|\[!?[^\]]+\]|[^*?\[]+|\[")
 
 
 def resid_post(layer: int) -> str:
@@ -46,7 +52,8 @@ def resolve_hooks(selection: LayerSelection, available: Iterable[str], n_layers:
 
     Args:
         selection: What to choose; None means `resid_post` of every block. Ints and the ends of ranges count from
-            the end where negative. Lists keep their order; ranges, globs and predicates go in the model's order.
+            the end where negative, and a range leaves its second end out. Lists keep their order, ranges their own;
+            globs and predicates go in the model's order.
         available: The model's own hook names (the keys of its `hook_dict`).
         n_layers: Number of blocks.
 
@@ -62,53 +69,76 @@ def resolve_hooks(selection: LayerSelection, available: Iterable[str], n_layers:
         >>> resolve_hooks("blocks.*.hook_resid_pre", names, 4)[-1]
         'blocks.3.hook_resid_pre'
     """
-    names = tuple(available)
-    many = isinstance(selection, Sequence) and not isinstance(selection, str | range)
-    choices: Sequence[LayerChoice] = ["blocks.*.hook_resid_post"] if selection is None else (
-        selection if many else [selection]  # type: ignore[assignment,list-item]
-    )  # fmt: skip
+    names = dict.fromkeys(available)
+    choices: Sequence[LayerChoice]
+    if selection is None:
+        choices = [range(n_layers)]
+    elif isinstance(selection, Sequence) and not isinstance(selection, str | range):
+        choices = selection
+    else:
+        choices = [selection]
     chosen = [name for choice in choices for name in _resolve_one(choice, names, n_layers)]
     if not chosen:
         raise HookError("no layer was chosen: pass at least one, or None for all")
-    repeated = {name for name in chosen if chosen.count(name) > 1}
-    if repeated:
-        raise HookError(f"hook {min(repeated)!r} is chosen twice")
+    name, count = Counter(chosen).most_common(1)[0]
+    if count > 1:
+        raise HookError(f"hook {name!r} is chosen twice: name every layer once")
     return tuple(chosen)
 
 
-def _resolve_one(choice: LayerChoice, names: tuple[str, ...], n_layers: int) -> list[str]:
-    if isinstance(choice, bool):
-        raise HookError(f"{choice!r} is not a layer: pass an int, a range, a hook name, a glob or a predicate")
-    if isinstance(choice, int):
-        return [_known(resid_post(_absolute(choice, n_layers)), names)]
+def _resolve_one(choice: object, names: dict[str, None], n_layers: int) -> list[str]:
+    if isinstance(choice, str):
+        return _resolve_text(choice, names, n_layers)
     if isinstance(choice, range):
         return [_known(resid_post(_absolute(layer, n_layers)), names) for layer in choice]
     if isinstance(choice, slice):
         return [_known(resid_post(layer), names) for layer in _sliced(choice, n_layers)]
-    if isinstance(choice, str):
-        return _resolve_text(choice, names, n_layers)
+    if isinstance(choice, SupportsIndex) and not isinstance(choice, bool):
+        return [_known(resid_post(_absolute(choice.__index__(), n_layers)), names)]
     if callable(choice):
-        return _model_order([name for name in names if choice(name)], "the predicate", names)
+        return _in_model_order([name for name in names if choice(name)], names) or _refuse("the predicate", "", names)
     raise HookError(f"{choice!r} is not a layer: pass an int, a range, a hook name, a glob or a predicate")
 
 
-def _resolve_text(text: str, names: tuple[str, ...], n_layers: int) -> list[str]:
+def _resolve_text(text: str, names: dict[str, None], n_layers: int) -> list[str]:
     if text in names:
         return [text]
-    if re.fullmatch(r"\s*-?\d+\s*", text):
+    if _INT.fullmatch(text):
         return _resolve_one(int(text), names, n_layers)
     ends = _RANGE.fullmatch(text)
     if ends:
         start, stop, step = (None if end is None else int(end) for end in ends.groups())
-        if step == 0:
-            raise HookError(f"the range {text!r} has step 0")
         return [_known(resid_post(layer), names) for layer in _sliced(slice(start, stop, step), n_layers, text)]
     if any(character in text for character in "*?["):
-        return _model_order([name for name in names if fnmatchcase(name, text)], repr(text), names)
+        pattern = _glob(text)
+        return _in_model_order([name for name in names if pattern.fullmatch(name)], names) or _refuse(
+            repr(text), text, names
+        )
     return [_known(text, names)]
 
 
+def _glob(text: str) -> re.Pattern[str]:
+    """A glob as a regular expression; see the module's docstring for its rules."""
+    meaning = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    pattern = ""
+    for part in _GLOB_PART.findall(text):
+        if part in meaning:
+            pattern += meaning[part]
+        elif part.startswith("[") and len(part) > 1:
+            negated = part[1] == "!"
+            inside = part[2:-1] if negated else part[1:-1]
+            pattern += "[" + ("^." if negated else "") + re.sub(r"([^\w-])", r"\\\1", inside) + "]"
+        else:
+            pattern += re.escape(part)
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise HookError(f"{text!r} is no glob ({error}): write *, **, ? or [0-3]") from None
+
+
 def _sliced(ends: slice, n_layers: int, text: str | None = None) -> range:
+    if ends.step == 0:
+        raise HookError(f"the range {text or ends!r} has step 0: use 1, or leave it out")
     for end in (ends.start, ends.stop):
         if end is not None and not -n_layers <= end <= n_layers:
             raise HookError(f"the range {text or ends!r} leaves the model, which has layers 0 to {n_layers - 1}")
@@ -124,23 +154,27 @@ def _absolute(layer: int, n_layers: int) -> int:
     return layer % n_layers
 
 
-def _known(name: str, names: tuple[str, ...]) -> str:
+def _known(name: str, names: dict[str, None]) -> str:
     if name not in names:
         near = get_close_matches(name, names, n=3, cutoff=0.4)
         raise HookError(f"the model has no hook {name!r}{_nearest(near)}")
     return name
 
 
-def _model_order(found: list[str], what: str, names: tuple[str, ...]) -> list[str]:
-    if not found:
-        near = get_close_matches(what, names, n=3, cutoff=0.3)
-        raise HookError(f"{what} fits none of the model's {len(names)} hooks{_nearest(near)}")
+def _refuse(what: str, pattern: str, names: dict[str, None]) -> list[str]:
+    near = get_close_matches(pattern, names, n=3, cutoff=0.3)
+    crossing = " (* does not cross a dot, ** does)" if "*" in pattern else ""
+    raise HookError(f"{what} fits none of the model's {len(names)} hooks{crossing}{_nearest(near)}")
+
+
+def _in_model_order(found: list[str], names: dict[str, None]) -> list[str]:
+    """Hooks before the blocks first, those after them last, as they fire; within a block as the model lists them."""
     order = {name: index for index, name in enumerate(names)}
 
     def depth(name: str) -> tuple[int, int]:
         layer = layer_of(name)
-        # Hooks before the blocks come first, those after them last, as they fire.
-        outside = -1 if "embed" in name and "unembed" not in name else len(names)
+        # No block has a number as high as the number of hooks.
+        outside = -1 if "emb" in name and "unembed" not in name else len(names)
         return (outside if layer is None else layer, order[name])
 
     return sorted(found, key=depth)

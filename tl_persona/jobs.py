@@ -3,17 +3,18 @@
 A job is prepared for every variant before any of them runs, so that bad input is found before the model works.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from tl_persona.backends import Backend
 from tl_persona.masks import MaskStrategy
-from tl_persona.plan import Plan, make_plan
+from tl_persona.plan import Plan
 from tl_persona.prepared import MaskedPrompts
 from tl_persona.progress import token_progress
-from tl_persona.provenance import Provenance, text_digest
+from tl_persona.provenance import Provenance, software_versions, text_digest
 from tl_persona.reducers import PersonaMean
 from tl_persona.samples import PersonaLike
 from tl_persona.store import PersonaVectorStore
@@ -83,7 +84,7 @@ class VariantJob:
         provenances: Mapping[MaskStrategy, Provenance],
         *,
         force: bool,
-        batch_tokens: int,
+        batch_tokens: int | None,
     ) -> "VariantJob":
         """Compares with what is stored and plans the rest.
 
@@ -94,7 +95,7 @@ class VariantJob:
         status = {name: store.status(variant, persona.id, provenances[name], name) for name in provenances}
         todo = tuple(name for name, found in status.items() if force or found.state != "same")
         samples, rows = masked.samples(todo)
-        plan = make_plan(samples, n_ctx=backend.facts.n_ctx, batch_tokens=batch_tokens) if todo else None
+        plan = backend.plan(samples, batch_tokens=batch_tokens) if todo else None
         reasons = {name: found.reasons for name, found in status.items()}
         return cls(persona, variant, masked, provenances, reasons, todo, plan, rows)
 
@@ -123,6 +124,7 @@ class VariantJob:
             prompts = self.masked.prompts_of(strategy)
             if strategy in vectors:
                 ids = provenance.sample_ids
+                provenance = msgspec.structs.replace(provenance, notes={**backend.notes, **software_versions()})
                 store.save(
                     self.variant,
                     self.persona.id,
@@ -171,7 +173,7 @@ def pooled_means(
 def provenance_of(
     backend: Backend, model_name: str, hook_names: Sequence[str], strategy: MaskStrategy, masked: MaskedPrompts
 ) -> Provenance:
-    """What decides the vector of one strategy, and notes of how it was computed."""
+    """What decides the vector of one strategy; how it ran is noted when it is saved."""
     prompts = masked.prompts_of(strategy)
     facts = backend.facts
     return Provenance(
@@ -183,17 +185,4 @@ def provenance_of(
         strategy=str(strategy),
         prompts_digest=text_digest([prompt.prompt_text for prompt in prompts]),
         sample_ids=tuple(prompt.sample_id for prompt in prompts),
-        notes={
-            "model_class": facts.kind,
-            "tl_persona": _version("tl-persona"),
-            "transformer_lens": _version("transformer-lens"),
-            "torch": _version("torch"),
-        },
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"

@@ -6,6 +6,7 @@ Finding spans is `prompts`' work, and what a mask is pooled with is the backends
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Literal
 
@@ -68,7 +69,15 @@ class SpanBatch:
         padding_side: Literal["left", "right"] = "right",
         device: torch.device | str | None = None,
     ) -> "SpanBatch":
-        """Stacks the spans of prompts, padded to the longest on the given side."""
+        """Stacks the spans of prompts, padded to the longest on the given side.
+
+        Raises:
+            InputError: There is no prompt, or no such side.
+        """
+        if not prompts:
+            raise InputError("there is no prompt to mask: pass at least one")
+        if padding_side not in ("left", "right"):
+            raise InputError(f"unknown padding side {padding_side!r}: choose left or right")
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
         width = int(lengths.max())
         shift = (width - lengths if padding_side == "left" else torch.zeros_like(lengths))[:, None]
@@ -94,7 +103,16 @@ def _inside(batch: SpanBatch, span: Int[Tensor, "batch 2"]) -> BatchMask:
     return (batch.pos >= span[:, :1]) & (batch.pos < span[:, 1:])
 
 
+def _first(batch: SpanBatch, span: Int[Tensor, "batch 2"]) -> BatchMask:
+    return _inside(batch, span) & (batch.pos == span[:, :1])
+
+
+def _last(batch: SpanBatch, span: Int[Tensor, "batch 2"]) -> BatchMask:
+    return _inside(batch, span) & (batch.pos == span[:, 1:] - 1)
+
+
 def _at(batch: SpanBatch, index: Int[Tensor, "batch 1"]) -> BatchMask:
+    # Beside a span may lie the end of the row or padding, which is nobody's token.
     return (batch.pos == index) & batch.is_token
 
 
@@ -105,12 +123,12 @@ def persona_mean(batch: SpanBatch) -> BatchMask:
 
 def persona_last(batch: SpanBatch) -> BatchMask:
     """The last token of the system prompt."""
-    return _at(batch, batch.template[:, 1:] - 1)
+    return _last(batch, batch.template)
 
 
 def question_last(batch: SpanBatch) -> BatchMask:
     """The last token of the question."""
-    return _at(batch, batch.question[:, 1:] - 1)
+    return _last(batch, batch.question)
 
 
 def question_last_special(batch: SpanBatch) -> BatchMask:
@@ -120,8 +138,12 @@ def question_last_special(batch: SpanBatch) -> BatchMask:
         MaskError: The template ends the question in plain text; names the first such sample.
     """
     mask = _at(batch, batch.question[:, 1:]) & batch.is_special
-    _require_one(batch, mask, "question_last_special needs a special token right after the question, but the chat "
-                 "template puts plain text there: use question_last")  # fmt: skip
+    _require_one(
+        batch,
+        mask,
+        "question_last_special needs a special token right after the question, but the chat template puts plain text "
+        "there: use question_last",
+    )
     return mask
 
 
@@ -138,12 +160,12 @@ def answer_previous(batch: SpanBatch) -> BatchMask:
 
 def answer_first(batch: SpanBatch) -> BatchMask:
     """The first token of the answer."""
-    return _at(batch, batch.response[:, :1])
+    return _first(batch, batch.response)
 
 
 def answer_last(batch: SpanBatch) -> BatchMask:
     """The last token of the answer."""
-    return _at(batch, batch.response[:, 1:] - 1)
+    return _last(batch, batch.response)
 
 
 def answer_mean(batch: SpanBatch) -> BatchMask:
@@ -161,6 +183,9 @@ BUILDERS: Mapping[MaskStrategy, MaskBuilder] = {
     MaskStrategy.ANSWER_LAST: answer_last,
     MaskStrategy.ANSWER_MEAN: answer_mean,
 }
+
+
+_NO_TEXT = "the chat has no such text, so use another strategy or give it some"
 
 
 def _require_one(batch: SpanBatch, mask: BatchMask, message: str) -> None:
@@ -182,7 +207,9 @@ def as_strategy(strategy: str) -> MaskStrategy:
     try:
         return MaskStrategy(strategy)
     except ValueError:
-        raise InputError(f"unknown mask strategy {strategy!r}: choose from {', '.join(MaskStrategy)}") from None
+        near = get_close_matches(str(strategy).lower(), MaskStrategy, n=1)
+        hint = f", did you mean {near[0]!s}?" if near else ":"
+        raise InputError(f"unknown mask strategy {strategy!r}{hint} choose from {', '.join(MaskStrategy)}") from None
 
 
 def as_strategies(strategies: str | Sequence[str]) -> tuple[MaskStrategy, ...]:
@@ -203,13 +230,16 @@ def as_strategies(strategies: str | Sequence[str]) -> tuple[MaskStrategy, ...]:
 def build_masks(batch: SpanBatch, strategy: str) -> BatchMask:
     """The masks of a batch for one strategy; every row selects at least one token.
 
+    Masks are bool, shape (batch, pos): True where the token contributes, never on padding. They lie on the batch's
+    device. With `*_mean` they select a span, with the other strategies one token.
+
     Raises:
         InputError: The strategy is unknown.
         MaskError: A row selects nothing; names the sample.
     """
     checked = as_strategy(strategy)
     mask = BUILDERS[checked](batch)
-    _require_one(batch, mask, f"{checked} selects 0 of the prompt's tokens")
+    _require_one(batch, mask, f"{checked} selects none of the prompt's tokens: {_NO_TEXT}")
     return mask
 
 

@@ -6,12 +6,13 @@ Both TransformerLens classes satisfy `HookedModel`; nothing here imports them. L
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """The common part of `HookedTransformer` and `TransformerBridge` that this package uses."""
 

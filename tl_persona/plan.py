@@ -1,18 +1,43 @@
-"""Cuts samples into batches under a token budget: pure, no model.
+"""Decides what runs together: shared prefixes once, the rest in passes under a token budget. Pure, no model.
 
-Samples of similar length share a batch, so that little is padded. Running a plan is the backends' work.
+Samples of one persona begin with the same system prompt, the two texts of a contrast pair with the same turns. The
+plan finds such shared beginnings (`tries`), has each of them computed once, and lays the rest out in rows: one sample a
+row, or several side by side where the model can be kept from mixing them. Running a plan is the backends' work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import InputError, MaskError
+from tl_persona.tries import Node, prefix_trees
 
 DEFAULT_BATCH_TOKENS = 2048
-"""Large enough to fill a matrix unit, small enough that all residuals of a batch fit beside the model."""
+"""Large enough to fill a matrix unit, small enough that all residuals of a pass fit beside the model."""
+
+PACKED_ROW_TOKENS = 512
+"""Rows of packed texts grow no longer than this: attention is computed over the whole row and then masked."""
+
+CACHED_ROWS = 8
+"""Rows that continue one prefix side by side: its keys and values are copied for each of them."""
+
+WORTH_CACHING = 256
+"""Tokens that must be saved before a prefix gets a pass of its own, which costs about as much as some tokens."""
+
+
+class Sharing(StrEnum):
+    """How far a model lets samples share their beginnings.
+
+    `NONE`: every sample runs whole. `CACHED`: a prefix runs once and its keys and values are continued by rows of one
+    sample each. `PACKED`: texts also lie side by side in one row, with a mask and positions of their own.
+    """
+
+    NONE = "none"
+    CACHED = "cached"
+    PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -58,10 +83,61 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples, by index, that run side by side, padded to the longest."""
+class Segment:
+    """Positions `start` to `stop` of every member: their tokens up to `stop` are the same, and run once.
+
+    Attributes:
+        members: Samples, by index, that have these tokens.
+        start: First position.
+        stop: Position after the last.
+    """
 
     members: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Row:
+    """Segments side by side; each attends to the earlier ones that hold all of its members."""
+
+    segments: tuple[Segment, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows that go through the model together, padded to the longest.
+
+    Attributes:
+        rows: What runs.
+        context: Index of the earlier pass whose only row all rows continue, or None.
+        kept: True where a later pass continues this one, so that its keys and values must be kept.
+    """
+
+    rows: tuple[Row, ...]
+    context: int | None = None
+    kept: bool = False
+
+    @property
+    def width(self) -> int:
+        """Length of the longest row."""
+        return max(map(len, self.rows))
+
+    @property
+    def tokens_run(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.width * len(self.rows)
+
+    @property
+    def packed(self) -> bool:
+        """True where a row holds more than one segment, so that it needs a mask and positions of its own."""
+        return any(len(row.segments) > 1 for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -70,43 +146,164 @@ class Plan:
 
     Attributes:
         samples: All samples, in the caller's order.
-        batches: What runs side by side; every sample is in exactly one batch.
+        passes: In the order to run them.
+        sharing: What the model was taken to be capable of.
         tokens: Tokens of all samples.
+        tokens_distinct: Tokens that are computed, each shared one once.
         tokens_run: Tokens that go through the model, padding included.
+        batch_tokens: The budget it was made with.
+        max_rows: The limit on rows it was made with.
     """
 
     samples: tuple[Sample, ...]
-    batches: tuple[Batch, ...]
+    passes: tuple[Pass, ...]
+    sharing: Sharing
     tokens: int
+    tokens_distinct: int
     tokens_run: int
+    batch_tokens: int
+    max_rows: int | None
+
+    @property
+    def longest_reach(self) -> int:
+        """The most keys that a row has before and beside it: where an attention window would cut in."""
+        contexts = [0 if each.context is None else self.passes[each.context].width for each in self.passes]
+        return max(context + each.width for context, each in zip(contexts, self.passes, strict=True))
+
+    def with_sharing(self, sharing: Sharing) -> "Plan":
+        """The same samples within the same limits, laid out for another kind of sharing."""
+        return make_plan(self.samples, batch_tokens=self.batch_tokens, max_rows=self.max_rows, sharing=sharing)
+
+    def peak_bytes(self, n_hooks: int, d_model: int, bytes_per_number: int = 4) -> int:
+        """Bytes that the captured activations of the largest pass take."""
+        return max(each.tokens_run for each in self.passes) * n_hooks * d_model * bytes_per_number
 
 
-def make_plan(samples: Sequence[Sample], *, n_ctx: int | None = None, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> Plan:
-    """Checks the samples and cuts them into batches of at most `batch_tokens` padded tokens.
+def make_plan(
+    samples: Sequence[Sample],
+    *,
+    n_ctx: int | None = None,
+    batch_tokens: int | None = None,
+    max_rows: int | None = None,
+    sharing: Sharing = Sharing.NONE,
+) -> Plan:
+    """Checks the samples and lays them out in passes.
 
-    A sample longer than the budget runs alone. The longest batches come first, so that a budget that is too large
-    fails at once.
+    Args:
+        samples: What to run.
+        n_ctx: The model's context, which no sample may exceed.
+        batch_tokens: Padded tokens a pass may hold; None is `DEFAULT_BATCH_TOKENS`. A longer sample runs alone.
+        max_rows: Rows a pass may hold; None sets no limit.
+        sharing: What the model is capable of.
 
     Raises:
-        InputError: No sample, a budget below 1, or a sample that cannot run (see `Sample.check`).
+        InputError: No sample, a limit below 1, or a sample that cannot run (see `Sample.check`).
     """
     if not samples:
         raise InputError("there is no sample to run: pass at least one")
-    if batch_tokens < 1:
-        raise InputError(f"batch_tokens must be at least 1, got {batch_tokens}")
+    budget = DEFAULT_BATCH_TOKENS if batch_tokens is None else batch_tokens
+    for name, limit in (("batch_tokens", budget), ("the number of rows", max_rows)):
+        if limit is not None and limit < 1:
+            raise InputError(f"{name} must be at least 1, got {limit}")
     for sample in samples:
         sample.check(n_ctx)
-    lengths = [sample.input_ids.shape[0] for sample in samples]
-    batches: list[list[int]] = []
-    for index in sorted(range(len(samples)), key=lambda index: -lengths[index]):
-        # Sorted by falling length, so the first member of a batch is its width.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+    layout = _Layout(budget, max_rows or len(samples))
+    if sharing is Sharing.NONE:
+        layout.add_rows(Row((Segment((index,), 0, len(sample.input_ids)),)) for index, sample in enumerate(samples))
+    else:
+        for tree in prefix_trees([sample.input_ids.tolist() for sample in samples]):
+            layout.add_tree(tree, packs=sharing is Sharing.PACKED)
+    passes = layout.passes()
     return Plan(
         samples=tuple(samples),
-        batches=tuple(Batch(tuple(batch)) for batch in batches),
-        tokens=sum(lengths),
-        tokens_run=sum(lengths[batch[0]] * len(batch) for batch in batches),
+        passes=passes,
+        sharing=sharing,
+        tokens=sum(len(sample.input_ids) for sample in samples),
+        tokens_distinct=sum(len(row) for each in passes for row in each.rows),
+        tokens_run=sum(each.tokens_run for each in passes),
+        batch_tokens=budget,
+        max_rows=max_rows,
     )
+
+
+class _Layout:
+    """Collects rows and passes while trees are added."""
+
+    def __init__(self, budget: int, max_rows: int) -> None:
+        self._budget, self._max_rows = budget, max_rows
+        self._single: list[Row] = []  # rows of one segment, which need no mask
+        self._packed: list[Row] = []
+        self._chains: list[tuple[Row, list[list[Row]]]] = []  # a kept prefix, and the rows that continue it
+
+    def add_rows(self, rows: Iterable[Row]) -> None:
+        self._single.extend(rows)
+
+    def add_tree(self, tree: Node, *, packs: bool) -> None:
+        """Lays out one tree of samples that begin alike."""
+        row_tokens = min(PACKED_ROW_TOKENS, self._budget)
+        if not tree.children:
+            self.add_rows([Row((_segment(tree),))])
+        elif packs and tree.tokens <= row_tokens:
+            self._packed.append(Row(tuple(map(_segment, tree.walk()))))
+        elif (len(tree.members) - 1) * len(tree) >= WORTH_CACHING:
+            rows = _packed_rows(tree.children, row_tokens) if packs else _leaf_rows(tree.children)
+            # A packed row already fills a pass; rows of one sample share one.
+            groups = [[row] for row in rows] if packs else self._cut(rows, min(self._max_rows, CACHED_ROWS))
+            self._chains.append((Row((_segment(tree),)), groups))
+        else:  # too little to gain: the children run the shared tokens themselves
+            for member in tree.ending_here():
+                self.add_rows([Row((Segment((member,), tree.start, tree.stop),))])
+            for child in tree.children:
+                self.add_tree(child.from_start(tree.start), packs=packs)
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Everything added, the largest passes first, so that a budget that is too large fails at once."""
+        passes: list[Pass] = []
+        for prefix, groups in self._chains:
+            context = len(passes)
+            passes.append(Pass((prefix,), kept=True))
+            passes += [Pass(tuple(rows), context=context) for rows in groups]
+        for rows in (self._single, self._packed):
+            passes += [Pass(tuple(group)) for group in self._cut(rows, self._max_rows)]
+        return tuple(passes)
+
+    def _cut(self, rows: Sequence[Row], max_rows: int) -> list[list[Row]]:
+        """Groups of rows of similar length within the budget."""
+        groups: list[list[Row]] = []
+        for row in sorted(rows, key=len, reverse=True):
+            # Sorted by falling length, so the first row of a group is its width.
+            fits = groups and len(groups[-1]) < max_rows and len(groups[-1][0]) * (len(groups[-1]) + 1) <= self._budget
+            if fits:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
+
+def _segment(node: Node) -> Segment:
+    return Segment(node.members, node.start, node.stop)
+
+
+def _leaf_rows(children: Sequence[Node]) -> list[Row]:
+    """One row a sample, from where its tree's prefix stopped."""
+    return [Row((Segment((member,), child.start, length),)) for child in children for member, length in child.lengths()]
+
+
+def _packed_rows(children: Sequence[Node], row_tokens: int) -> list[Row]:
+    """Subtrees side by side, filled in order; one that is too large for a row is taken apart."""
+    rows: list[list[Segment]] = []
+    units: list[tuple[Segment, ...]] = []
+    for child in children:
+        if child.tokens <= row_tokens or not child.children:
+            units.append(tuple(map(_segment, child.walk())))
+        else:
+            units += [row.segments for row in _leaf_rows([child])]
+    filled = row_tokens
+    for unit in units:
+        length = sum(map(len, unit))
+        if not rows or filled + length > row_tokens:
+            rows.append([])
+            filled = 0
+        rows[-1].extend(unit)
+        filled += length
+    return [Row(tuple(row)) for row in rows]

@@ -39,7 +39,7 @@ def masked_text(prompt: Prompt, mask: Bool[Tensor, "pos"], *, elide: bool = True
     """
     selected = mask.tolist()
     shown = _shown(selected) if elide else [True] * len(selected)
-    text, skipped = Text(), 0
+    text, skipped, reached, last_piece = Text(), 0, 0, 0
     for index, (start, end) in enumerate(prompt.offset_mapping):
         if not shown[index]:
             skipped += 1
@@ -47,8 +47,13 @@ def masked_text(prompt: Prompt, mask: Bool[Tensor, "pos"], *, elide: bool = True
         if skipped:
             text.append(f" … {skipped} tokens … ", "dim italic")
             skipped = 0
-        style = f"{_style(prompt, index)} {_SELECTED_STYLE if selected[index] else ''}".strip()
-        text.append(_visible(prompt.prompt_text[start:end]), style)
+        # Tokens that are pieces of one character, an emoji say, all have that character as their range.
+        piece = prompt.prompt_text[max(start, reached) : end]
+        if piece:
+            last_piece, reached = len(text), end
+            text.append(_visible(piece), _style(prompt, index))
+        if selected[index]:
+            text.stylize(_SELECTED_STYLE, last_piece)
     return text
 
 
@@ -89,7 +94,7 @@ def print_masks(
         prompts: How many prompts a strategy.
     """
     out = console or Console(highlight=False)
-    out.rule(title)
+    out.rule(Text(title))
     out.print(legend())
     for strategy, prompt, mask in _pick(masked, strategies, prompts):
         total = len(masked.prompts_of(strategy))

@@ -1,52 +1,42 @@
-"""Renders chats with a tokenizer's own template and proves where persona, question and answer lie.
+"""Renders and tokenizes chats, with the proven spans of system prompt, question and answer.
 
-Spans come from the template's structure, not from a search for the texts. The chat is rendered once with
-unique markers in place of its contents, which gives the fixed segments between them; the real rendering must
-be exactly those segments with the real contents in the gaps. Where a template trims or rewrites a content,
-the kept part is accepted only if it is a contiguous piece of the content and only one reading of the rendering
-exists. Everything else is refused: a span is never guessed.
-
-Building masks from spans is `masks`' work; the texts themselves come from `samples`.
+Where a content lies in the rendering is proven by `templates` and `layout`, which tokens cover it by `spans`; the texts
+come from `samples` and `contrast`. Building masks from spans is `masks`' work.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import PromptError
+from tl_persona.layout import FOLD_SEPARATOR, CharRange, ChatLayout
+from tl_persona.spans import NO_SPAN, PromptSpans, Span, TokenAligner, check_spans
+from tl_persona.templates import (
+    ChatTokenizer,
+    learn_layout,
+    render,
+    require_chat_tokenizer,
+    template_digest,
+)
 
-
-class ChatTokenizer(Protocol):
-    """The part of a fast Hugging Face tokenizer that this package uses."""
-
-    chat_template: Any
-    is_fast: bool
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-    def __call__(self, text: Any, **kwargs: Any) -> Any: ...
-    def decode(self, token_ids: Any, **kwargs: Any) -> str: ...
-
-
-class Span(NamedTuple):
-    """A half-open range, in characters of the rendered prompt and in tokens."""
-
-    char_start: int
-    char_end: int
-    token_start: int
-    token_end: int
-
-
-class PromptSpans(NamedTuple):
-    """Where the three contents of a chat lie: persona (`template`), question, answer (`response`)."""
-
-    template: Span
-    question: Span
-    response: Span
+__all__ = [
+    "FOLD_SEPARATOR",
+    "Chat",
+    "ChatTokenizer",
+    "Prompt",
+    "PromptSpans",
+    "Span",
+    "prepare_messages",
+    "prepare_prompts",
+    "require_chat_tokenizer",
+    "template_digest",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -55,14 +45,16 @@ class Prompt:
 
     Attributes:
         sample_id: The id of the sample it was made from.
-        question: The user's text as given.
+        question: The text of the last user turn as given.
         prompt_text: The rendered chat.
-        spans: Where persona, question and answer lie.
+        spans: Where system prompt, question and answer lie.
         offset_mapping: For each token its half-open character range in `prompt_text`.
         input_ids: Token ids, shape (pos,).
         is_special: True at the tokenizer's special tokens, shape (pos,).
-        folded: True where the template has no system role, so that the persona is part of the user turn.
-        rewritten: The contents (`template`, `question`, `response`) that the template trimmed or cut.
+        folded: True where the template takes no system message, so that the system prompt was put in front of the
+            first user turn.
+        rewritten: The contents that the template trimmed or cut: `template`, `question`, `response`, or `message 2`
+            and the like for an earlier turn.
     """
 
     sample_id: str
@@ -85,110 +77,10 @@ class Chat(NamedTuple):
     assistant: str
 
 
-@dataclass(frozen=True)
-class ChatLayout:
-    """The fixed text of a chat template around the three contents.
-
-    Attributes:
-        segments: The text before the persona, between the contents, and after the answer.
-        folded: True where the persona is put in front of the question inside the user turn.
-        template_kwargs: What is passed to the template beside the messages.
-    """
-
-    segments: tuple[str, str, str, str]
-    folded: bool
-    template_kwargs: Mapping[str, Any]
-
-    def messages(self, system: str, user: str, assistant: str) -> list[dict[str, str]]:
-        """The chat as messages, the persona folded into the user turn where the template needs that."""
-        if self.folded:
-            return [
-                {"role": "user", "content": system + FOLD_SEPARATOR + user},
-                {"role": "assistant", "content": assistant},
-            ]
-        return [
-            {"role": "system", "content": system},
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": assistant},
-        ]
-
-
-FOLD_SEPARATOR = "\n\n"
-"""What stands between persona and question where both share the user turn."""
-
-# Letters only: no template, trimming rule or pre-tokenizer has a reason to change them.
-_MARKERS = ("QzvXpersonaXvzQ", "QzvXquestionXvzQ", "QzvXanswerXvzQ")
-_CONTENT_NAMES = PromptSpans._fields
-
-
-def require_chat_tokenizer(tokenizer: Any) -> ChatTokenizer:
-    """Returns the tokenizer if it can be used.
-
-    Raises:
-        PromptError: It is missing, is not a fast tokenizer (no character offsets), or has no chat template.
-    """
-    if tokenizer is None:
-        raise PromptError("the model has no tokenizer: pass one, or load the model with tl_persona.load_model")
-    if not getattr(tokenizer, "is_fast", False):
-        raise PromptError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, so it gives no character offsets: "
-            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(
-            "the tokenizer has no chat template (a base model?): use a chat model, or set tokenizer.chat_template"
-        )
-    checked: ChatTokenizer = tokenizer
-    return checked
-
-
-def chat_layout(tokenizer: ChatTokenizer, template_kwargs: Mapping[str, Any] | None = None) -> ChatLayout:
-    """Learns the fixed segments of the tokenizer's template by rendering it around markers.
-
-    Raises:
-        PromptError: The template repeats, drops, alters or reorders the contents of a system, user, assistant chat.
-    """
-    kwargs = dict(template_kwargs or {})
-    problems = []
-    for folded in (False, True):
-        layout = ChatLayout(("", "", "", ""), folded, kwargs)
-        try:
-            rendered = _render(tokenizer, layout.messages(*_MARKERS), kwargs)
-        except Exception as error:  # a template is a program: it may raise anything, jinja2 errors or others
-            problems.append(f"{'folded' if folded else 'with a system message'}: {error}")
-            continue
-        cuts = _cut_at_markers(rendered)
-        if cuts is None:
-            problems.append(f"{'folded' if folded else 'with a system message'}: contents missing, repeated or moved")
-            continue
-        first, second, third, last = cuts
-        return ChatLayout((first, second, third, last), folded, kwargs)
-    raise PromptError(
-        "no fixed structure around persona, question and answer could be read from the chat template "
-        f"({'; '.join(problems)}): pass a tokenizer whose chat_template renders each message's content once, in order"
-    )
-
-
-def _cut_at_markers(rendered: str) -> list[str] | None:
-    pieces, rest = [], rendered
-    for marker in _MARKERS:
-        before, found, rest = rest.partition(marker)
-        if not found:
-            return None
-        pieces.append(before)
-    pieces.append(rest)
-    return None if any(marker in piece for marker in _MARKERS for piece in pieces) else pieces
-
-
-def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], kwargs: Mapping[str, Any]) -> str:
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **kwargs)
-    return str(rendered)
-
-
 def prepare_prompts(
     tokenizer: Any, chats: Sequence[Chat], *, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[Prompt]:
-    """Renders and tokenizes chats and finds their spans.
+    """Renders and tokenizes chats of a system prompt, a question and an answer, and finds their spans.
 
     The rendered text is tokenized with `add_special_tokens=False`: the template has written the special tokens.
     A token belongs to a span when it overlaps it by at least one character, so a token that straddles the border
@@ -202,147 +94,195 @@ def prepare_prompts(
     Raises:
         PromptError: A content is empty, holds a special token's text, or cannot be found for certain; names the sample.
     """
-    checked = require_chat_tokenizer(tokenizer)
-    layout = chat_layout(checked, template_kwargs)
-    texts, ranges = [], []
-    for chat in chats:
-        for name, content in zip(_CONTENT_NAMES, chat[1:], strict=True):
-            if not content.strip():
-                raise PromptError(f"sample {chat.sample_id!r}: the {_SPOKEN[name]} is empty: {_EMPTY_ADVICE[name]}")
-        text = _render_sample(checked, layout, chat)
-        texts.append(text)
-        ranges.append(_locate(chat, layout, text))
-    if not texts:
-        return []
-    encoding = checked(texts, add_special_tokens=False, return_offsets_mapping=True)
-    special_ids = _special_ids(checked)
-    return [
-        _assemble(chat, layout, text, char_ranges, ids, offsets, special_ids)
-        for chat, text, char_ranges, ids, offsets in zip(
-            chats, texts, ranges, encoding["input_ids"], encoding["offset_mapping"], strict=True
+    roles = ("system", "user", "assistant")
+    return _prepare(tokenizer, [_Conversation(chat.sample_id, roles, chat[1:]) for chat in chats], template_kwargs)
+
+
+def prepare_messages(
+    tokenizer: Any,
+    samples: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
+    """Renders and tokenizes chats of any number of turns that end with an answer, and finds their spans.
+
+    Spans are as in `prepare_prompts`: `template` is the system message (an empty span at 0 where the chat has none,
+    even if the template then writes one of its own), `question` the last user turn, `response` the last message.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        samples: Ids and messages `{"role": ..., "content": ...}`: a system message if wanted, then user and assistant
+            turns as the template allows them, an assistant turn last.
+        template_kwargs: Passed to the template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        PromptError: As in `prepare_prompts`, or messages that are not such a chat; names the sample.
+    """
+    return _prepare(tokenizer, [_conversation(*sample) for sample in samples], template_kwargs)
+
+
+def verify(prompt: Prompt, tokenizer: Any = None) -> None:
+    """Checks what is promised of a prompt: its span tokens are exactly those that overlap the claimed text.
+
+    Args:
+        prompt: What `prepare_prompts`, `prepare_messages` or `prepare_inputs` returned.
+        tokenizer: The tokenizer it was made with. With it, the tokens are decoded too, and must give the text.
+
+    Raises:
+        PromptError: Ids, offsets and special-token mask differ in length; a span is empty, outside the text or out of
+            order; its tokens are not those that overlap it, or are control tokens; or they decode to other text.
+    """
+    ids, special = prompt.input_ids.cpu().numpy(), prompt.is_special.cpu().numpy()
+    offsets = np.array(prompt.offset_mapping, dtype=np.int64).reshape(-1, 2)
+    if not len(ids) == len(offsets) == len(special):
+        raise PromptError(
+            f"sample {prompt.sample_id!r}: {len(ids)} token ids, {len(offsets)} offsets and a special-token mask of "
+            f"{len(special)}: they must have one length"
         )
-    ]
+    aligner = None if tokenizer is None else TokenAligner(tokenizer)
+    try:
+        check_spans(prompt.prompt_text, prompt.spans, ids, offsets, special, aligner)
+    except PromptError as error:
+        raise PromptError(f"sample {prompt.sample_id!r}: {error}") from error
+
+
+class _Conversation(NamedTuple):
+    """The contents of one chat and their roles; the last is the answer."""
+
+    sample_id: str
+    roles: tuple[str, ...]
+    contents: tuple[str, ...]
+
+    @property
+    def question(self) -> int:
+        return len(self.roles) - 1 - self.roles[::-1].index("user")
+
+    def name(self, index: int) -> str:
+        """What a content is called in `Prompt.rewritten`."""
+        if self.roles[index] == "system":
+            return "template"
+        if index == len(self.roles) - 1:
+            return "response"
+        return "question" if index == self.question else f"message {index + 1}"
 
 
 _SPOKEN = {"template": "system prompt", "question": "question", "response": "answer"}
 _EMPTY_ADVICE = {
-    "template": "give the persona view some text",
-    "question": "remove the row or give it a question",
-    "response": "remove the row or give it an answer",
+    "template": "give the persona view some text, or leave the message out",
+    "question": "remove the sample or give it a question",
+    "response": "remove the sample or give it an answer",
 }
 
 
-def _render_sample(tokenizer: ChatTokenizer, layout: ChatLayout, chat: Chat) -> str:
-    try:
-        return _render(tokenizer, layout.messages(*chat[1:]), layout.template_kwargs)
-    except Exception as error:  # see chat_layout: user templates may raise anything
-        raise PromptError(f"sample {chat.sample_id!r}: the chat template raised {error!r}") from error
-
-
-def _locate(chat: Chat, layout: ChatLayout, text: str) -> tuple[tuple[int, int], ...]:
-    """Character ranges of the three contents in the rendering, proven or refused."""
-    contents = chat[1:]
-    for kept in product(*(_trimmings(content) for content in contents)):
-        pieces = [piece for pair in zip(layout.segments, (*kept, ""), strict=True) for piece in pair]
-        if "".join(pieces) == text:
-            return _ranges(layout.segments, kept)
-    readings = _readings(contents, layout.segments, text)
-    if len(readings) != 1:
+def _conversation(sample_id: str, messages: Sequence[Mapping[str, Any]]) -> _Conversation:
+    for number, message in enumerate(messages, 1):
+        if message.keys() != {"role", "content"} or not all(isinstance(text, str) for text in message.values()):
+            raise PromptError(
+                f"sample {sample_id!r}: message {number} has the keys {sorted(message)}: a message needs a role and a "
+                "content, both text, and nothing else"
+            )
+    roles = tuple(message["role"] for message in messages)
+    turns = roles[1:] if roles[:1] == ("system",) else roles
+    if not set(turns) <= {"user", "assistant"} or "user" not in turns or turns[-1] != "assistant":
         raise PromptError(
-            f"sample {chat.sample_id!r}: the chat template changes the contents and "
-            f"{'no' if not readings else 'more than one'} reading of the rendering fits them: "
-            "simplify the text (think blocks, template tags) or the template"
+            f"sample {sample_id!r}: the roles are {', '.join(roles) or 'none'}: pass a system message first or none, "
+            "then user and assistant turns, at least one of each, an assistant turn last"
         )
-    return readings[0]
+    return _Conversation(sample_id, roles, tuple(message["content"] for message in messages))
 
 
-def _trimmings(content: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())))
-
-
-def _ranges(segments: Sequence[str], kept: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    ranges, position = [], 0
-    for segment, content in zip(segments, kept, strict=False):
-        start = position + len(segment)
-        position = start + len(content)
-        ranges.append((start, position))
-    return tuple(ranges)
-
-
-def _readings(contents: Sequence[str], segments: Sequence[str], text: str) -> list[tuple[tuple[int, int], ...]]:
-    """Every way to read `text` as segments around non-empty contiguous pieces of the contents (at most two)."""
-    head, middle_1, middle_2, tail = segments
-    if not text.startswith(head) or not text.endswith(tail):
+def _prepare(
+    tokenizer: Any, conversations: Sequence[_Conversation], template_kwargs: Mapping[str, Any] | None
+) -> list[Prompt]:
+    renderer = _Renderer(require_chat_tokenizer(tokenizer), dict(template_kwargs or {}))
+    rendered = []
+    for conversation in conversations:
+        _refuse_unusable(conversation)
+        try:
+            rendered.append(renderer.render(conversation))
+        except PromptError as error:
+            raise PromptError(f"sample {conversation.sample_id!r}: {error}") from error
+    if not rendered:
         return []
-    end = len(text) - len(tail)
-    found: list[tuple[tuple[int, int], ...]] = []
-    for first_end in _occurrences(text, middle_1, len(head), end):
-        persona = (len(head), first_end)
-        if not _is_piece(text, persona, contents[0]):
-            continue
-        question_start = first_end + len(middle_1)
-        for second_end in _occurrences(text, middle_2, question_start, end):
-            question = (question_start, second_end)
-            answer = (second_end + len(middle_2), end)
-            if _is_piece(text, question, contents[1]) and _is_piece(text, answer, contents[2]):
-                found.append((persona, question, answer))
-                if len(found) > 1:
-                    return found
-    return found
+    texts = [text for _, text, _ in rendered]
+    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
+    aligner = TokenAligner(tokenizer)
+    encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    return [
+        _assemble(conversation, *parts, ids, offsets, aligner)
+        for conversation, parts, (ids, offsets) in zip(conversations, rendered, encoded, strict=True)
+    ]
 
 
-def _occurrences(text: str, needle: str, start: int, end: int) -> list[int]:
-    if not needle:
-        return list(range(start, end + 1))
-    places, position = [], text.find(needle, start, end)
-    while position >= 0:
-        places.append(position)
-        position = text.find(needle, position + 1, end)
-    return places
+def _refuse_unusable(conversation: _Conversation) -> None:
+    for index, content in enumerate(conversation.contents):
+        name = conversation.name(index)
+        what = f"sample {conversation.sample_id!r}: the {_SPOKEN.get(name, name)}"
+        if not content.strip():
+            raise PromptError(f"{what} is empty: {_EMPTY_ADVICE.get(name, 'leave the turn out')}")
+        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+            raise PromptError(f"{what} holds half of a surrogate pair, which is no text: read the file as UTF-8")
 
 
-def _is_piece(text: str, place: tuple[int, int], content: str) -> bool:
-    start, end = place
-    return start < end and text[start:end] in content
+class _Renderer:
+    """Renders conversations, learning the template's layout once for each sequence of roles."""
+
+    def __init__(self, tokenizer: ChatTokenizer, kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._kwargs = kwargs
+        self._layouts: dict[tuple[str, ...], ChatLayout] = {}
+
+    def render(self, conversation: _Conversation) -> tuple[ChatLayout, str, tuple[CharRange, ...]]:
+        """The layout, the rendering, and where it has each content.
+
+        Raises:
+            PromptError: They cannot be had for certain.
+        """
+        _, roles, contents = conversation
+        if roles not in self._layouts:
+            self._layouts[roles] = learn_layout(self._tokenizer, roles, self._kwargs)
+        layout = self._layouts[roles]
+        text = render(self._tokenizer, layout.messages(contents), self._kwargs)
+        try:
+            return layout, text, layout.locate(contents, text)
+        except PromptError:
+            # A template that writes the date or time has another layout after midnight.
+            layout = learn_layout(self._tokenizer, roles, self._kwargs)
+            if layout == self._layouts[roles]:
+                raise
+            self._layouts[roles] = layout
+        text = render(self._tokenizer, layout.messages(contents), self._kwargs)
+        return layout, text, layout.locate(contents, text)
 
 
 def _assemble(
-    chat: Chat,
+    conversation: _Conversation,
     layout: ChatLayout,
     text: str,
-    char_ranges: Sequence[tuple[int, int]],
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    special_ids: frozenset[int],
+    char_ranges: Sequence[CharRange],
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    aligner: TokenAligner,
 ) -> Prompt:
-    special = [token in special_ids for token in ids]
-    spans = []
-    for name, (start, end) in zip(_CONTENT_NAMES, char_ranges, strict=True):
-        inside = [index for index, (left, right) in enumerate(offsets) if max(left, start) < min(right, end)]
-        if not inside:
-            raise PromptError(f"sample {chat.sample_id!r}: no token covers the {_SPOKEN[name]} {text[start:end]!r}")
-        for index in inside:
-            if special[index]:
-                raise PromptError(
-                    f"sample {chat.sample_id!r}: the {_SPOKEN[name]} contains {text[slice(*offsets[index])]!r}, which "
-                    "the tokenizer reads as a control token: remove or rephrase it"
-                )
-        spans.append(Span(start, end, inside[0], inside[-1] + 1))
-    kept = [text[start:end] for start, end in char_ranges]
-    changed = zip(_CONTENT_NAMES, kept, chat[1:], strict=True)
+    id_row, offset_rows = np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    special = aligner.special(text, id_row, offset_rows)
+    spans, rewritten = {}, []
+    for index, (char_range, content) in enumerate(zip(char_ranges, conversation.contents, strict=True)):
+        name = conversation.name(index)
+        try:
+            spans[name] = aligner.span(text, char_range, id_row, offset_rows, special)
+        except PromptError as error:
+            raise PromptError(f"sample {conversation.sample_id!r}: the {_SPOKEN.get(name, name)} {error}") from error
+        if text[slice(*char_range)] != content:
+            rewritten.append(name)
     return Prompt(
-        sample_id=chat.sample_id,
-        question=chat.user,
+        sample_id=conversation.sample_id,
+        question=conversation.contents[conversation.question],
         prompt_text=text,
-        spans=PromptSpans(*spans),
+        spans=PromptSpans(spans.get("template", NO_SPAN), spans["question"], spans["response"]),
         offset_mapping=[(left, right) for left, right in offsets],
-        input_ids=torch.tensor(ids, dtype=torch.long),
-        is_special=torch.tensor(special, dtype=torch.bool),
+        input_ids=torch.from_numpy(id_row),
+        is_special=torch.from_numpy(special),
         folded=layout.folded,
-        rewritten=tuple(name for name, now, given in changed if now != given),
+        rewritten=tuple(rewritten),
     )
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}

@@ -5,6 +5,7 @@ recorded beside it: they move results by rounding at most, so they do not invali
 """
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +75,17 @@ def text_digest(texts: Sequence[str]) -> str:
         hasher.update(len(encoded).to_bytes(8, "big"))
         hasher.update(encoded)
     return hasher.hexdigest()
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the packages that compute, for a provenance's notes."""
+    versions = {}
+    for package in ("tl-persona", "transformer-lens", "transformers", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
 
 
 def _short(value: object) -> str:

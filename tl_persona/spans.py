@@ -1,9 +1,9 @@
 """Finds the tokens that cover a range of characters.
 
 One rule for every strategy and tokenizer: a token belongs to a content when it overlaps it by at least one character,
-so a token that straddles the border of two contents belongs to both. Tokens without characters of their own (pieces
-of one emoji, say, after the first) belong where they lie between two tokens of the content. That the offsets are
-right is checked by decoding the tokens. Character ranges come from `templates`; masks are built in `masks`.
+so a token that straddles the border of two contents belongs to both. A token without
+characters of its own belongs to it where it lies between two tokens that do. That the offsets are
+right is checked by decoding the tokens. Character ranges come from `layout`; masks are built in `masks`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from tl_persona.errors import PromptError
-from tl_persona.templates import CharRange
+from tl_persona.layout import CharRange
 
 
 class Span(NamedTuple):
@@ -47,7 +47,18 @@ def overlapping(offsets: Offsets, start: int, end: int) -> Bool[np.ndarray, "tok
         >>> overlapping(np.array([[0, 2], [2, 2], [2, 5], [5, 6]]), 1, 5).tolist()
         [True, False, True, False]
     """
-    return np.maximum(offsets[:, 0], start) < np.minimum(offsets[:, 1], end)
+    return np.asarray(np.maximum(offsets[:, 0], start) < np.minimum(offsets[:, 1], end))
+
+
+def _covered(offsets: Offsets, start: int, end: int) -> Bool[np.ndarray, "char"]:
+    """Which characters of a range some token has."""
+    edges = np.zeros(end - start + 1, dtype=np.int64)
+    np.add.at(edges, np.clip(offsets[:, 0], start, end) - start, 1)
+    np.add.at(edges, np.clip(offsets[:, 1], start, end) - start, -1)
+    return np.asarray(np.cumsum(edges[:-1]) > 0)
+
+
+_PROBE = "A b  C\n\n d é"
 
 
 class TokenAligner:
@@ -63,6 +74,8 @@ class TokenAligner:
         special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
         self._special_ids = np.array(sorted(special), dtype=np.int64)
         self._checked: set[tuple[str, bytes]] = set()
+        # Others lower-case, normalize or have unknown words: what they decode to is compared after the same loss.
+        self._keeps_text = self._decode(self._encode(_PROBE)) == _PROBE
 
     def special(self, text: str, ids: Int[np.ndarray, "token"], offsets: Offsets) -> Bool[np.ndarray, "token"]:
         """Which tokens are control tokens. The unknown token is one only where the text spells it out."""
@@ -94,16 +107,19 @@ class TokenAligner:
             shared = text[max(left, start) : min(right, end)]
             if shared.strip() or (start <= left and right <= end):
                 raise PromptError(
-                    f"contains {text[left:right]!r}, which the tokenizer reads as a control token: remove or rephrase it"
+                    f"contains {text[left:right]!r}, which the tokenizer reads as a control token: rephrase it"
                 )
             mine[index] = False  # the template's own token, of the kind that swallows white space beside it
         inside = np.flatnonzero(mine)
-        if not len(inside):
-            raise PromptError(f"is {text[start:end]!r}, for which the tokenizer has no token: change the text")
+        lost = [text[place] for place in start + np.flatnonzero(~_covered(offsets, start, end)) if text[place].strip()]
+        if lost or not len(inside):
+            raise PromptError(
+                f"is {_short(text[start:end])}, but the tokenizer has no token for "
+                f"{repr(lost[0]) if lost else 'any of it'}: change the text"
+            )
         span = Span(start, end, int(inside[0]), int(inside[-1]) + 1)
-        if (offsets[span.token_start : span.token_end, 0] < offsets[span.token_start : span.token_end, 1])[
-            ~mine[span.token_start : span.token_end]
-        ].any():
+        others = offsets[span.token_start : span.token_end][~mine[span.token_start : span.token_end]]
+        if (others[:, 0] < others[:, 1]).any():
             raise PromptError("has tokens of other text among its own: the tokenizer's offsets are out of order")
         covered = offsets[mine]
         if (covered[:, 0].min() > start or covered[:, 1].max() < end) and self._trims_offsets():
@@ -127,12 +143,17 @@ class TokenAligner:
             return
         decoded = self._decode(own_ids.tolist())
         claimed = text[span.char_start : span.char_end]
-        same = decoded == covered or _squeezed(decoded) == _squeezed(self._decode(self._encode(covered)))
-        # A border token may hold some bytes of the character beyond it.
-        if not same and not ("\ufffd" in decoded and claimed in decoded):
+        if "\ufffd" in decoded and "\ufffd" not in covered:
+            # Bytes of a broken character: of the one beyond the border, or of one the vocabulary cannot spell.
+            same = claimed in decoded
+        elif self._keeps_text:
+            same = decoded.strip(" ") == covered.strip(" ")  # prefix spaces come and go, with trimmed offsets too
+        else:
+            same = _squeezed(decoded) == _squeezed(self._decode(self._encode(covered)))
+        if not same:
             raise PromptError(
-                f"is {_short(claimed)}, but its tokens decode to {_short(decoded)}: the tokenizer's offsets are wrong "
-                "here, or it drops characters: change the text or the tokenizer"
+                f"is {_short(claimed)}, but its tokens decode to {_short(decoded)}: the tokenizer has no tokens for "
+                "some of its characters, or gives wrong offsets: change the text or the tokenizer"
             )
         self._checked.add(key)
 
@@ -145,6 +166,53 @@ class TokenAligner:
     def _trims_offsets(self) -> bool:
         processor = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "post_processor", None)
         return processor is not None and b'"trim_offsets":true' in processor.__getstate__()
+
+
+def check_spans(
+    text: str,
+    spans: PromptSpans,
+    ids: Int[np.ndarray, "token"],
+    offsets: Offsets,
+    special: Bool[np.ndarray, "token"],
+    aligner: TokenAligner | None,
+) -> None:
+    """Checks that spans lie in order inside a tokenized text and have exactly the tokens that overlap them.
+
+    Args:
+        text: The rendered chat.
+        spans: What is to be checked; the system prompt's may be `NO_SPAN`.
+        ids: Token ids.
+        offsets: One row a token.
+        special: True at control tokens.
+        aligner: Decodes the tokens too, where it is given.
+
+    Raises:
+        PromptError: Something does not hold.
+    """
+    n_pos = len(ids)
+    has_text = offsets[:, 0] < offsets[:, 1]
+    before = NO_SPAN
+    for name, span in zip(PromptSpans._fields, spans, strict=True):
+        if name == "template" and span == NO_SPAN:
+            continue
+        if not (0 <= span.char_start < span.char_end <= len(text) and 0 <= span.token_start < span.token_end <= n_pos):
+            raise PromptError(f"the {name} span {tuple(span)} is empty or leaves the prompt")
+        if span.char_start < before.char_end:
+            raise PromptError(f"the {name} span {tuple(span)} begins before the span in front of it ends")
+        inside = np.zeros(n_pos, dtype=bool)
+        inside[span.token_start : span.token_end] = True
+        if (inside & special).any():
+            raise PromptError(f"the {name} span {tuple(span)} holds a control token")
+        mine = overlapping(offsets, span.char_start, span.char_end)
+        for left, right in offsets[mine & special]:
+            if text[max(left, span.char_start) : min(right, span.char_end)].strip():
+                raise PromptError(f"the {name} span {tuple(span)} holds a control token")
+        mine &= ~special
+        if (mine != inside)[has_text].any() or not (mine[span.token_start] and mine[span.token_end - 1]):
+            raise PromptError(f"the {name} span {tuple(span)} has not exactly the tokens that overlap its characters")
+        if aligner is not None:
+            aligner.check_decoding(text, span, ids, offsets)
+        before = span
 
 
 def _squeezed(text: str) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,10 @@ from tl_persona.errors import (
 )
 from tl_persona.files import make_folder, reason, write_atomically
 from tl_persona.hooks import layer_of, resid_post
+from tl_persona.models import HookedModel, source_of
 from tl_persona.provenance import Provenance
+from tl_persona.steering import Intervention, Mode, attach, project
+from tl_persona.steering_positions import Positions
 
 FORMAT = "tl_persona.steering_vector"
 SET_FORMAT = "tl_persona.steering_vector_set"
@@ -178,6 +182,25 @@ class SteeringVector:
     def __neg__(self) -> "SteeringVector":
         return self.scale(-1)
 
+    def steer(
+        self, model: HookedModel, coefficient: float = 1.0, *, positions: Positions = None, mode: Mode = "add"
+    ) -> AbstractContextManager[None]:
+        """Apply the vector at its hook while a `with` block runs; `steering.Intervention` has the arguments' meaning.
+
+        Raises:
+            HookError: The model lacks the hook.
+            InputError: The vector is of another model or width, or an argument means nothing.
+        """
+        return attach(model, [self._intervention(model, coefficient, positions, mode)])
+
+    def project(self, activations: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+        """Projection of activations on the vector at norm 1, in their own units; see `steering.project`.
+
+        Raises:
+            InputError: Widths differ, or the vector is zero.
+        """
+        return project(activations, self.vector)
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all.
 
@@ -228,6 +251,10 @@ class SteeringVector:
     @property
     def _label(self) -> str:
         return f"steering vector {self.behavior!r} at {self.hook_name}"
+
+    def _intervention(self, model: HookedModel, coefficient: float, positions: Positions, mode: Mode) -> Intervention:
+        _check_same_model(self, model)
+        return Intervention(self.hook_name, self.vector, coefficient, mode, positions)
 
     def _joined(self, other: "SteeringVector", symbol: str) -> "SteeringVector":
         for what, left, right in [*_belonging(self, other), ("hook", self.hook_name, other.hook_name)]:
@@ -353,6 +380,40 @@ class SteeringVectorSet:
             available = [name for name in METRICS if all(_score(vector, name) is not None for vector in self)]
             raise InputError(f"no {metric} at layers {missing}; available at all layers: {', '.join(available)}")
         return self[max(scores, key=lambda layer: (scores[layer], -layer))]
+
+    def steer(
+        self,
+        model: HookedModel,
+        coefficient: float = 1.0,
+        *,
+        layers: Iterable[int] | None = None,
+        positions: Positions = None,
+        mode: Mode = "add",
+    ) -> AbstractContextManager[None]:
+        """Apply the vectors of all layers at once, or of the chosen ones, as `SteeringVector.steer` does.
+
+        What is added at several layers adds up on its way: take a smaller coefficient than for one layer.
+
+        Raises:
+            HookError: The model lacks a hook.
+            InputError: The set is empty or has no such layer, is of another model or width, or an argument means
+                nothing.
+        """
+        chosen = self.layers if layers is None else list(layers)
+        missing = [layer for layer in chosen if layer not in self._vectors]
+        if missing:
+            raise InputError(f"no vector for layers {missing} of {self.behavior!r}; there are {self.layers}")
+        return attach(model, [self[layer]._intervention(model, coefficient, positions, mode) for layer in chosen])
+
+    def project(self, activations: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
+        """Projection of each layer's activations on that layer's vector at norm 1, in the order of `layers`.
+
+        Raises:
+            InputError: The set is empty, there are not as many layers, widths differ, or a vector is zero.
+        """
+        if not len(self) or activations.shape[-2] != len(self):
+            raise InputError(f"activations of {activations.shape[-2]} layers, for vectors at layers {self.layers}")
+        return torch.stack([vector.project(activations[..., i, :]) for i, vector in enumerate(self)], dim=-1)
 
     def summary(self) -> "LayerTable":
         """One row a layer: norms and statistics; print it, show it in a notebook, or make it a pandas frame."""
@@ -518,6 +579,19 @@ def _belonging(one: SteeringVector, other: SteeringVector) -> Iterator[tuple[str
     if one.provenance is not None and other.provenance is not None:
         yield "revision", one.provenance.revision, other.provenance.revision
         yield "weights", one.provenance.weights, other.provenance.weights
+
+
+def _check_same_model(vector: SteeringVector, model: HookedModel) -> None:
+    """Names are compared without the owner's: a hub id and a local copy of it are one model."""
+    source = source_of(model)
+    named = source.name if source is not None else getattr(getattr(model, "cfg", None), "model_name", None)
+    theirs = vector.provenance.revision if vector.provenance is not None else None
+    same_files = source is not None and source.revision is not None and source.revision == theirs
+    if named and not same_files and Path(str(named)).name.lower() != Path(vector.model_name).name.lower():
+        raise InputError(
+            f"{vector._label} is of model {vector.model_name!r}, this is {str(named)!r}: extract one here, or, to try "
+            "it all the same, use tl_persona.steering.attach with its hook_name and vector"
+        )
 
 
 def _both(one: str, symbol: str, other: str) -> str:

@@ -5,11 +5,11 @@ mask. It declines to know what the samples mean: personas and contrast pairs loo
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tl_persona.errors import InputError
 from tl_persona.models import ModelFacts
-from tl_persona.plan import Plan
+from tl_persona.plan import Plan, Sample
 from tl_persona.tensors import PooledMeans
 
 
@@ -20,11 +20,13 @@ class Pooled(NamedTuple):
     means: PooledMeans
 
 
+@runtime_checkable
 class Backend(Protocol):
-    """Something that can run a plan.
+    """Something that can plan samples and run the plan.
 
-    `pool` yields each sample once, in any order, as soon as it is done; what it keeps does not grow with the number
-    of samples.
+    `plan` checks the samples and lays them out for what the model is capable of, without running it. `pool` yields
+    each sample once, in any order, as soon as it is done; what it keeps does not grow with the number of samples.
+    `notes` tells how the last plan ran, for provenance.
     """
 
     @property
@@ -32,6 +34,13 @@ class Backend(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+
+    @property
+    def notes(self) -> dict[str, Any]: ...
+
+    def plan(
+        self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None
+    ) -> Plan: ...
 
     def pool(self, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]: ...
 

@@ -11,7 +11,6 @@ from tl_persona.commands.model import load_named_model
 from tl_persona.errors import InputError, TLPersonaError
 from tl_persona.extraction import ExtractionResult, run_extraction
 from tl_persona.masks import MaskStrategy, as_strategies
-from tl_persona.plan import DEFAULT_BATCH_TOKENS
 from tl_persona.samples import Persona, PersonaDataset, QAPair
 from tl_persona.store import PersonaVectorStore
 
@@ -45,7 +44,7 @@ def run(arguments: Namespace) -> int:
                     activations_dir=arguments.activations_dir,
                     layers=arguments.layers,
                     force=arguments.force,
-                    batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS,
+                    batch_tokens=arguments.batch_tokens,
                     store=store,
                 )
             except TLPersonaError as error:

@@ -18,7 +18,7 @@ def load_named_model(arguments: Namespace, console: Console) -> HookedModel:
     if not console.is_terminal:
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     with console.status(f"loading {arguments.model}"):
         return load_model(
             arguments.model,

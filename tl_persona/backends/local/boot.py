@@ -235,17 +235,10 @@ def weights_processing(model: Any) -> str:
     return "+".join(applied) or "unprocessed"
 
 
-def shortest_pass(model: Any) -> dict[str, Any]:
-    """Keyword arguments that keep a bridge from computing what nobody reads: attentions, caches, most logits."""
-    original = getattr(model, "original_model", None)
-    if original is None:
-        return {"return_type": None, "padding_side": "right"}
-    import inspect
-
-    accepted = inspect.signature(original.forward).parameters
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    wanted = {"use_cache": False, "output_attentions": False, "logits_to_keep": 1}
-    known = {name: value for name, value in wanted.items() if name in accepted}
-    if "output_attentions" not in known and anything:
-        known["output_attentions"] = False
-    return {"return_type": None, **known}
+def attention_windows(model: Any) -> tuple[int, ...]:
+    """Lengths at which this model's attention changes: sliding windows and chunks, read off its config."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    inner = getattr(config, "text_config", config)
+    candidates = [getattr(inner, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    candidates.append(getattr(model.cfg, "window_size", None))
+    return tuple(sorted({int(window) for window in candidates if isinstance(window, int) and window > 0}))

@@ -1,0 +1,64 @@
+"""A naive oracle: the Hugging Face model itself, one sample at a time, decoder-layer outputs averaged in float64.
+
+No batch, no padding, no TransformerLens and nothing of the package under test: what everything fast is compared with.
+Beside it, `watched` tells what a hooked model really ran.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def block_outputs(model: Any, input_ids: Tensor) -> Tensor:
+    """Output of every decoder layer for one text, shape (layer, pos, d_model), in float64."""
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    captured: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _m, _args, out: captured.append(out[0] if isinstance(out, tuple) else out))
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([output[0].double() for output in captured])
+
+
+def mean_activations(model: Any, samples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean over the masked tokens of each sample, then over samples: (layer, d_model) from (ids, mask) pairs."""
+    return torch.stack([block_outputs(model, ids)[:, mask].mean(dim=1) for ids, mask in samples]).mean(dim=0)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest error of a vector, relative to the norm of the expected one."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    errors = (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    return float(errors.max())
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[dict[str, int]]:
+    """Counts the positions that go through the layers of a hooked model: `{"blocks.0.mlp": 42, ...}`."""
+    positions: dict[str, int] = {}
+    layers = {"ln_final": model.ln_final, "unembed": model.unembed}
+    for index, block in enumerate(model.blocks):
+        layers |= {f"blocks.{index}.attn": block.attn, f"blocks.{index}.mlp": block.mlp}
+    handles = []
+    for name, layer in layers.items():
+        positions[name] = 0
+
+        def count(_layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+            positions[name] += hidden.shape[:-1].numel()
+
+        handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
+    try:
+        yield positions
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,690 @@
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from templates import BEHAVIOURS, DEFAULT_SYSTEM, SPECIAL, TOKENIZERS, UNREADABLE, Behaviour, fast_tokenizer, in_text
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+from tl_persona.checkpoints import load_tokenizer
+from tl_persona.errors import PromptError
+from tl_persona.prompts import (
+    Chat,
+    Prompt,
+    Span,
+    prepare_messages,
+    prepare_prompts,
+    require_chat_tokenizer,
+    template_digest,
+    verify,
+)
+
+BY_NAME = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
+BYTE_LEVEL = ("byte_level", "byte_level_trimmed_offsets", "smollm2")
+CHATML = str(BY_NAME["content_as_it_is"].template)
+EVERY_BEHAVIOUR = pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> Callable[[str], Any]:
+    """Tokenizers by kind, each built once; set the template before use."""
+    built: dict[str, Any] = {}
+
+    def of(kind: str) -> Any:
+        if kind not in built:
+            built[kind] = load_tokenizer("smollm2") if kind == "smollm2" else fast_tokenizer(kind)
+            if kind == "smollm2":
+                extra = [token for token in SPECIAL if token not in built[kind].get_vocab()]
+                built[kind].add_special_tokens({"additional_special_tokens": extra})
+                built[kind].bos_token, built[kind].eos_token = "<s>", "</s>"
+        return built[kind]
+
+    return of
+
+
+def chatml(kind: str = "byte_level") -> Any:
+    tokenizer = fast_tokenizer(kind)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def one(tokenizer: Any, system: str, user: str, assistant: str, **kwargs: Any) -> Prompt:
+    return prepare_prompts(tokenizer, [Chat("s1", system, user, assistant)], **kwargs)[0]
+
+
+def said(prompt: Prompt) -> list[str]:
+    return [prompt.prompt_text[span.char_start : span.char_end] for span in prompt.spans]
+
+
+# --- nasty text ----------------------------------------------------------------------------------------------------
+
+_FRAGMENTS = [
+    *("A", "B.", "user", "assistant", "system", "model", "Mara", "?", "!\n", ".\n\n", ":", "The answer is A."),
+    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u2003", "\xa0", "\u2028"),
+    *(
+        "<think>",
+        "</think>",
+        "<think>\n\n</think>\n\n",
+        "</think>\n\n",
+        "[INST] ",
+        " [/INST]",
+        "<<SYS>>\n",
+        "\n<</SYS>>\n\n",
+    ),
+    *("<|im_end", "|>", "<|Assistan", "{{ messages }}", "{% raw %}", "{#", "</", "<s", "/think "),
+    *(
+        "שלום",
+        "مرحبا",
+        "\u202e",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "\u200b",
+        "\u200d",
+        "\ufeff",
+        "👨\u200d👩\u200d👧",
+        "🇫🇷",
+        "😀",
+    ),
+    *("ﬁ", "İ", "ß", "ｆｕｌｌ", "日本語", "\ufffd", "▁", "##", "\x00", "\x1f", DEFAULT_SYSTEM),
+]
+_CONTROL = [*SPECIAL, "<unk>", "[UNK]"]
+texts = st.lists(
+    st.one_of(st.sampled_from(_FRAGMENTS), st.sampled_from(_FRAGMENTS), st.text(max_size=4)), min_size=1, max_size=6
+).map("".join)
+contents_of_a_chat = st.one_of(
+    st.tuples(texts, texts, texts),
+    texts.map(lambda text: (text, text, text)),
+    st.tuples(texts, texts).map(lambda pair: (pair[0] + pair[1], pair[1] + "?" + pair[1], pair[1])),
+    st.tuples(texts, st.sampled_from(["A", "user", "assistant", "\n", "m"])).map(
+        lambda p: (p[1] + p[0], p[1] + "?", p[1])
+    ),
+)
+
+
+def _is_plain(contents: Sequence[str]) -> bool:
+    """Text that every byte-level tokenizer and template must take: not blank, no control token, no think tag."""
+    return all(
+        content.strip() and not any(token in content for token in (*_CONTROL, "think>", "<|endoftext|>"))
+        for content in contents
+    )
+
+
+def _tokens_by_bytes(tokenizer: Any, prompt: Prompt, chars: tuple[int, int]) -> tuple[int, int]:
+    """The token span, from the byte lengths of a byte-level tokenizer's tokens, without its offsets.
+
+    Byte-level tokens are the text's bytes, cut: a token's string has one character for each of its bytes, and a
+    special token's string is itself.
+    """
+    specials = set(tokenizer.get_added_vocab())
+    start, end = (len(prompt.prompt_text[:char].encode()) for char in chars)
+    position, inside = 0, []
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(prompt.input_ids.tolist())):
+        length = len(token.encode()) if token in specials else len(token)
+        if position < end and position + length > start:
+            inside.append(index)
+        position += length
+    assert position == len(prompt.prompt_text.encode())
+    return inside[0], inside[-1] + 1
+
+
+def _tokens_by_offsets(prompt: Prompt, chars: tuple[int, int]) -> tuple[int, int]:
+    inside = [
+        index
+        for index, (left, right) in enumerate(prompt.offset_mapping)
+        if len(set(range(left, right)) & set(range(*chars))) > 0
+    ]
+    return inside[0], inside[-1] + 1
+
+
+def _agrees_with_the_oracle(
+    tokenizer: Any, kind: str, behaviour: Behaviour, prompt: Prompt, contents: Sequence[str]
+) -> None:
+    text, ranges = in_text(behaviour.expected(list(zip(("system", "user", "assistant"), contents, strict=True))))
+    assert prompt.prompt_text == text
+    assert prompt.folded == behaviour.folds
+    for index, span in enumerate(prompt.spans):
+        assert (span.char_start, span.char_end) == ranges[index]
+        by_offsets = _tokens_by_offsets(prompt, ranges[index])
+        expected = _tokens_by_bytes(tokenizer, prompt, ranges[index]) if kind in BYTE_LEVEL else by_offsets
+        assert (span.token_start, span.token_end) == expected
+    changed = {
+        name for name, content, now in zip(prompt.spans._fields, contents, said(prompt), strict=True) if content != now
+    }
+    assert set(prompt.rewritten) == changed
+    verify(prompt, tokenizer)
+
+
+@EVERY_BEHAVIOUR
+@given(contents=contents_of_a_chat)
+@settings(deadline=None, max_examples=50)
+def test_spans_are_the_templates_or_the_sample_is_refused(
+    behaviour: Behaviour, contents: tuple[str, str, str], tokenizers: Callable[[str], Any]
+) -> None:
+    tokenizer = tokenizers("byte_level")
+    tokenizer.chat_template = behaviour.template
+    try:
+        prompt = one(tokenizer, *contents, template_kwargs=dict(behaviour.kwargs))
+    except PromptError as error:
+        assert "'s1'" in str(error)
+        assert not _is_plain(contents), f"refused for no reason: {error}"
+        return
+    _agrees_with_the_oracle(tokenizer, "byte_level", behaviour, prompt, contents)
+
+
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "smollm2"])
+@given(behaviour=st.sampled_from(BEHAVIOURS), contents=contents_of_a_chat)
+@settings(deadline=None, max_examples=120)
+def test_no_kind_of_tokenizer_gets_wrong_spans(
+    kind: str, behaviour: Behaviour, contents: tuple[str, str, str], tokenizers: Callable[[str], Any]
+) -> None:
+    tokenizer = tokenizers(kind)
+    tokenizer.chat_template = behaviour.template
+    try:
+        prompt = one(tokenizer, *contents, template_kwargs=dict(behaviour.kwargs))
+    except PromptError as error:
+        assert "'s1'" in str(error)
+        plain = _is_plain(contents) and all(content.isascii() and content == content.strip() for content in contents)
+        assert not (plain and "".join(contents).isprintable()), f"refused for no reason: {error}"
+        return
+    _agrees_with_the_oracle(tokenizer, kind, behaviour, prompt, contents)
+
+
+@given(contents=contents_of_a_chat, token=st.sampled_from(SPECIAL), place=st.integers(0, 2), data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_a_control_token_in_a_content_is_refused(
+    contents: tuple[str, str, str], token: str, place: int, data: Any, tokenizers: Callable[[str], Any]
+) -> None:
+    tokenizer = tokenizers("byte_level")
+    tokenizer.chat_template = CHATML
+    at = data.draw(st.integers(0, len(contents[place])))
+    spiked = [*contents]
+    spiked[place] = contents[place][:at] + token + contents[place][at:]
+    with pytest.raises(PromptError, match="'s1'"):
+        one(tokenizer, *spiked)
+
+
+# --- behaviours, one at a time -------------------------------------------------------------------------------------
+
+
+@EVERY_BEHAVIOUR
+def test_every_behaviour_is_read_right_for_ordinary_text(behaviour: Behaviour) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = behaviour.template
+    prompt = one(tokenizer, "You are Mara. A.", "Who? A", "A", template_kwargs=dict(behaviour.kwargs))
+    _agrees_with_the_oracle(tokenizer, "byte_level", behaviour, prompt, ["You are Mara. A.", "Who? A", "A"])
+    assert prompt.rewritten == ()
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_template_without_fixed_structure_is_refused(name: str) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = UNREADABLE[name]
+    with pytest.raises(PromptError, match="no fixed structure"):
+        one(tokenizer, "You are Mara.", "Who?", "A")
+
+
+def test_what_a_template_trims_is_said() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["content_trimmed"].template
+    prompt = one(tokenizer, " You are Mara.\n", "Who?", "\tA")
+    assert said(prompt) == ["You are Mara.", "Who?", "A"]
+    assert prompt.rewritten == ("template", "response")
+
+
+def test_white_space_that_two_readings_could_share_goes_where_the_template_puts_it() -> None:
+    """Trimming the first content or the second gives the same text here; only the template decides which it was."""
+    trims_first = (
+        "{% for m in messages %}{{ m['content'] | trim if loop.first else m['content'] }}{{ ' ' if loop.first }}"
+    )
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = trims_first + "{{ '</s>' if not loop.first }}{% endfor %}"
+    first = one(tokenizer, "x ", " y", "A")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "| trim if loop.first else m['content']", "if loop.index0 != 1 else m['content'] | trim"
+    )
+    second = one(tokenizer, "x ", " y", "A")
+    assert first.prompt_text == second.prompt_text == "x  y</s>A</s>"
+    assert said(first) == ["x", " y", "A"]
+    assert said(second) == ["x ", "y", "A"]
+
+
+def test_a_think_block_that_the_template_removes_is_not_in_the_span() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["think_removed"].template
+    prompt = one(tokenizer, "You are Mara.", "A or B?", "<think>A or B? A.</think>A")
+    assert prompt.prompt_text == "<s>You are Mara.<|User|>A or B?<|Assistant|>A<|end|>"
+    assert said(prompt) == ["You are Mara.", "A or B?", "A"]
+    assert prompt.rewritten == ("response",)
+
+
+def test_a_think_block_that_the_template_would_have_written_itself_is_refused() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["think_added_if_absent"].template
+    with pytest.raises(PromptError, match=r"'s1'.*open whether the template cut it"):
+        one(tokenizer, "You are Mara.", "Who?", "<think>\n\n</think>\n\nA")
+
+
+def test_a_content_with_several_readings_is_refused() -> None:
+    cut_to_one_letter = "{% for m in messages %}{{ m['content'][:7] }}{{ 'aa' }}{% endfor %}".replace(
+        "[:7]", ".split('#')[0]"
+    )
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = cut_to_one_letter
+    with pytest.raises(PromptError, match=r"'s1'.*more than one reading"):
+        one(tokenizer, "aa#aaaa", "aa#aaaa", "aa#aaaa")
+
+
+def test_a_hostile_text_is_refused_in_good_time() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('#')[0] }}a{% endfor %}"
+    with pytest.raises(PromptError, match="'s1'"):
+        one(tokenizer, "a" * 3000 + "#", "a" * 3000 + "b#", "a" * 3000 + "#")
+
+
+def test_a_template_that_writes_another_date_since_is_learned_again() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    days = iter(["Monday"] * 9 + ["Tuesday"] * 100)  # one rendering for the segments, eight for what is trimmed
+
+    class Dated:
+        is_fast, chat_template = True, CHATML
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: Any, **kwargs: Any) -> Any:
+            return tokenizer(text, **kwargs)
+
+        def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+            return f"{next(days)}\n" + str(tokenizer.apply_chat_template(conversation, **kwargs))
+
+        def decode(self, token_ids: Any, **kwargs: Any) -> str:
+            return str(tokenizer.decode(token_ids, **kwargs))
+
+    tokenizer.chat_template = CHATML
+    prompt = one(Dated(), "You are Mara.", "Monday?", "Tuesday")
+    assert prompt.prompt_text.startswith("Tuesday\n")
+    assert said(prompt) == ["You are Mara.", "Monday?", "Tuesday"]
+
+
+def test_a_clock_that_never_repeats_is_refused() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = "{{ strftime_now('%S.%f') }}|" + CHATML
+    with pytest.raises(PromptError, match="no reading"):
+        one(tokenizer, "You are Mara.", "Who?", "A")
+
+
+def test_keywords_reach_the_template() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["keyword"].template
+    assert (
+        "/think" in one(tokenizer, "You are Mara.", "Who?", "A", template_kwargs={"enable_thinking": True}).prompt_text
+    )
+    assert "/think" not in one(tokenizer, "You are Mara.", "Who?", "A", template_kwargs={}).prompt_text
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "continue_final_message"])
+def test_keywords_that_decide_what_is_rendered_are_refused(name: str) -> None:
+    with pytest.raises(PromptError, match=name):
+        one(chatml(), "You are Mara.", "Who?", "A", template_kwargs={name: True})
+
+
+def test_a_generation_prompt_is_never_rendered() -> None:
+    prompt = one(chatml(), "You are Mara.", "Who?", "A")
+    assert prompt.prompt_text.endswith("<|im_start|>assistant\nA<|im_end|>\n")
+
+
+def test_named_templates_without_a_default_are_refused_with_their_names() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(PromptError, match=r"'rag', 'tool_use'.*chat_template"):
+        one(tokenizer, "You are Mara.", "Who?", "A")
+
+
+# --- chats of any number of turns ----------------------------------------------------------------------------------
+
+
+def _as_messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+@EVERY_BEHAVIOUR
+@given(
+    system=st.one_of(st.none(), texts),
+    rounds=st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+    same=st.booleans(),
+)
+@settings(deadline=None, max_examples=20)
+def test_spans_of_any_number_of_turns_are_the_templates_or_the_sample_is_refused(
+    behaviour: Behaviour,
+    system: str | None,
+    rounds: list[tuple[str, str]],
+    same: bool,
+    tokenizers: Callable[[str], Any],
+) -> None:
+    if same:
+        rounds = rounds[:1] * len(rounds)
+    turns = [("system", system)] if system is not None else []
+    turns += [turn for question, answer in rounds for turn in (("user", question), ("assistant", answer))]
+    tokenizer = tokenizers("byte_level")
+    tokenizer.chat_template = behaviour.template
+    try:
+        prompt = prepare_messages(tokenizer, [("m1", _as_messages(turns))], template_kwargs=dict(behaviour.kwargs))[0]
+    except PromptError as error:
+        assert "'m1'" in str(error)
+        assert not _is_plain([text for _, text in turns]), f"refused for no reason: {error}"
+        return
+    text, ranges = in_text(behaviour.expected(turns))
+    assert prompt.prompt_text == text
+    wanted = {"template": 0 if system is not None else None, "question": len(turns) - 2, "response": len(turns) - 1}
+    for (name, index), span in zip(wanted.items(), prompt.spans, strict=True):
+        if index is None:
+            assert (name, span) == ("template", Span(0, 0, 0, 0))
+        else:
+            assert (span.char_start, span.char_end) == ranges[index]
+            assert (span.token_start, span.token_end) == _tokens_by_bytes(tokenizer, prompt, ranges[index])
+    assert prompt.folded == (behaviour.folds and system is not None)
+    assert prompt.question == turns[-2][1]
+    verify(prompt, tokenizer)
+
+
+def test_a_default_system_prompt_is_not_taken_for_a_message() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["default_system"].template
+    turns = [("user", DEFAULT_SYSTEM), ("assistant", "assistant")]
+    prompt = prepare_messages(tokenizer, [("m1", _as_messages(turns))])[0]
+    assert prompt.prompt_text.count(DEFAULT_SYSTEM) == 2
+    assert said(prompt) == ["", DEFAULT_SYSTEM, "assistant"]
+    assert prompt.spans.question.char_start == prompt.prompt_text.rindex(DEFAULT_SYSTEM)
+
+
+def test_messages_and_chats_give_the_same_prompts() -> None:
+    tokenizer = chatml()
+    by_chat = one(tokenizer, "You are Mara.", "Who?", "A")
+    turns = [("system", "You are Mara."), ("user", "Who?"), ("assistant", "A")]
+    by_messages = prepare_messages(tokenizer, [("s1", _as_messages(turns))])[0]
+    assert by_chat.spans == by_messages.spans
+    assert by_chat.input_ids.tolist() == by_messages.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        ([], "roles are none"),
+        ([("user", "Who?")], "assistant turn last"),
+        ([("assistant", "A")], "at least one of each"),
+        ([("user", "Who?"), ("system", "You are Mara."), ("assistant", "A")], "system message first"),
+        ([("tool", "1"), ("user", "Who?"), ("assistant", "A")], "tool, user, assistant"),
+        ([("user", "Who?"), ("assistant", " \n")], "the answer is empty"),
+        ([("user", "\t"), ("assistant", "A")], "the question is empty"),
+        ([("system", ""), ("user", "Who?"), ("assistant", "A")], "the system prompt is empty"),
+        ([("user", ""), ("assistant", "A"), ("user", "Who?"), ("assistant", "A")], "the message 1 is empty"),
+    ],
+)
+def test_messages_that_are_no_chat_are_refused_by_sample(messages: list[tuple[str, str]], fault: str) -> None:
+    with pytest.raises(PromptError, match=f"'m1'.*{fault}"):
+        prepare_messages(chatml(), [("m1", _as_messages(messages))])
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": "a", "name": "b"}]
+)
+def test_a_message_with_more_or_less_than_role_and_text_is_refused(message: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match="'m1': message 1"):
+        prepare_messages(chatml(), [("m1", [message, {"role": "assistant", "content": "A"}])])
+
+
+def test_a_layout_is_learned_once_for_each_sequence_of_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tl_persona.prompts as module
+
+    learned = []
+    learn = module.learn_layout
+    monkeypatch.setattr(
+        module,
+        "learn_layout",
+        lambda tokenizer, roles, kwargs: learned.append(roles) or learn(tokenizer, roles, kwargs),
+    )
+    short = _as_messages([("user", "Who?"), ("assistant", "A")])
+    samples = [(f"m{index}", short * (1 + index % 2)) for index in range(10)]
+    assert len(prepare_messages(chatml(), samples)) == 10
+    assert learned == [("user", "assistant"), ("user", "assistant", "user", "assistant")]
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_straddles_two_contents_belongs_to_both() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompt = one(tokenizer, "keep", "er.\n", "\nA")
+    tokens = tokenizer.convert_ids_to_tokens(prompt.input_ids.tolist())
+    assert ".ĊĊ" in tokens
+    straddling = tokens.index(".ĊĊ")
+    assert prompt.spans.question.token_end == straddling + 1
+    assert prompt.spans.response.token_start == straddling
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece_bpe", "smollm2"])
+def test_all_tokens_of_an_emoji_are_selected(kind: str, tokenizers: Callable[[str], Any]) -> None:
+    tokenizer = tokenizers(kind)
+    tokenizer.chat_template = CHATML
+    prompt = one(tokenizer, "You are Mara.", "Who?", "😀")
+    start, end = prompt.spans.response[2:]
+    assert end - start >= 2
+    assert tokenizer.decode(prompt.input_ids[start:end]) == "😀"
+    assert prompt.input_ids[end].item() == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_lower_casing_and_dropped_white_space_leave_spans_in_the_original_text() -> None:
+    tokenizer = chatml("word_piece")
+    prompt = one(tokenizer, "  You ARE Mara.", "WHÔ is  it?", "A ")
+    assert said(prompt) == ["  You ARE Mara.", "WHÔ is  it?", "A "]
+    start, end = prompt.spans.response[2:]
+    assert tokenizer.convert_ids_to_tokens(prompt.input_ids[start:end].tolist()) == ["a"]
+    verify(prompt, tokenizer)
+
+
+def test_spaces_at_an_edge_are_refused_where_offsets_leave_spaces_out() -> None:
+    with pytest.raises(PromptError, match="'s1': the question begins or ends with white space"):
+        one(chatml("byte_level_trimmed_offsets"), "You are Mara.", " Who?", "A")
+    assert said(one(chatml("byte_level"), "You are Mara.", " Who?", "A"))[1] == " Who?"
+
+
+def test_an_unknown_character_is_text_but_the_unknown_token_spelled_out_is_not() -> None:
+    tokenizer = chatml("word_piece")
+    prompt = one(tokenizer, "You are Mara.", "Who?", "日")
+    assert tokenizer.convert_ids_to_tokens(prompt.input_ids.tolist())[prompt.spans.response.token_start] == "[UNK]"
+    assert not prompt.is_special[prompt.spans.response.token_start]
+    with pytest.raises(PromptError, match=r"the answer contains '\[UNK\]'"):
+        one(tokenizer, "You are Mara.", "Who?", "[UNK]")
+
+
+def test_a_character_the_vocabulary_cannot_spell_is_refused(tokenizers: Callable[[str], Any]) -> None:
+    tokenizer = tokenizers("smollm2")
+    tokenizer.chat_template = CHATML
+    with pytest.raises(PromptError, match=r"'s1': the answer .* no tokens for some of its characters"):
+        one(tokenizer, "You are Mara.", "Who?", "A\U00040000B")
+    with pytest.raises(PromptError, match=r"'s1': the answer .* no tokens for some of its characters"):
+        one(tokenizer, "You are Mara.", "Who?", "\x16\x80")
+
+
+def test_white_space_that_a_control_token_swallows_is_in_no_span() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|turn|>", lstrip=True, rstrip=True)]})
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>\n{{ m['content'] }}{% endfor %}<|turn|>"
+    prompt = one(tokenizer, " \nYou ", "Who?", "A\n")
+    tokens = tokenizer.convert_ids_to_tokens(prompt.input_ids.tolist())
+    assert ["".join(tokens[span.token_start : span.token_end]) for span in prompt.spans] == ["You", "Who?", "A"]
+    verify(prompt, tokenizer)
+
+
+def test_offsets_that_count_bytes_are_refused() -> None:
+    tokenizer = chatml()
+
+    class CountsBytes(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: Any, **kwargs: Any) -> Any:
+            encoding = super().__call__(text, **kwargs)
+            if kwargs.get("return_offsets_mapping"):
+                encoding["offset_mapping"] = [
+                    [(len(one[:left].encode()), len(one[:right].encode())) for left, right in offsets]
+                    for one, offsets in zip(text, encoding["offset_mapping"], strict=True)
+                ]
+            return encoding
+
+    tokenizer.__class__ = CountsBytes
+    assert said(one(tokenizer, "You are Mara.", "Who?", "A. B. C.")) == ["You are Mara.", "Who?", "A. B. C."]
+    with pytest.raises(PromptError, match="'s1'"):
+        one(tokenizer, "Tu es Márá.", "Who?", "A. B. C.")
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(PromptError, match="'s1': the answer holds half of a surrogate pair"):
+        one(chatml(), "You are Mara.", "Who?", "A\ud83d")
+
+
+def test_a_word_level_vocabulary_without_the_word_is_refused() -> None:
+    backend = Tokenizer(models.BPE(vocab={"A": 0, "?": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = type(chatml())(tokenizer_object=backend, chat_template=CHATML)
+    with pytest.raises(PromptError, match="'s1': the answer is 'b', but the tokenizer has no token for 'b'"):
+        one(tokenizer, "A", "?", "b")
+
+
+def test_a_very_long_chat_is_located_like_a_short_one(tokenizers: Callable[[str], Any]) -> None:
+    tokenizer = tokenizers("smollm2")
+    tokenizer.chat_template = CHATML
+    persona = "You are Mara. A user asks the assistant; the assistant says A.\n\n" * 2000
+    prompt = one(tokenizer, persona, "A" * 3000, "A")
+    assert said(prompt) == [persona, "A" * 3000, "A"]
+    assert (prompt.spans.response.token_start, prompt.spans.response.token_end) == _tokens_by_bytes(
+        tokenizer, prompt, prompt.spans.response[:2]
+    )
+
+
+def test_many_samples_at_once_are_each_what_they_are_alone() -> None:
+    tokenizer = chatml()
+    draw = random.Random(0)
+    chats = [
+        Chat(f"s{index}", "You are Mara.", "A? " * draw.randint(1, 9) + "B?", "A " * draw.randint(0, 9) + "A")
+        for index in range(50)
+    ]
+    for together, chat in zip(prepare_prompts(tokenizer, chats), chats, strict=True):
+        alone = prepare_prompts(tokenizer, [chat])[0]
+        assert together.spans == alone.spans
+        assert torch.equal(together.input_ids, alone.input_ids)
+        assert together.offset_mapping == alone.offset_mapping
+
+
+def test_no_sample_gives_no_prompt() -> None:
+    assert prepare_prompts(chatml(), []) == []
+
+
+# --- tokenizers that cannot be used, the digest, verify -------------------------------------------------------------
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_with_the_reason() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(PromptError, match="no tokenizer"):
+        require_chat_tokenizer(None)
+    with pytest.raises(PromptError, match="Slow is not a fast tokenizer"):
+        require_chat_tokenizer(Slow())
+    with pytest.raises(PromptError, match="no chat template"):
+        require_chat_tokenizer(fast_tokenizer("byte_level"))
+
+
+def test_the_digest_is_of_the_template_in_use() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = {"default": "a", "rag": "b"}
+    assert template_digest(tokenizer) == hashlib.sha256(b"a").hexdigest()
+    assert template_digest(tokenizer, {"chat_template": "rag"}) == hashlib.sha256(b"b").hexdigest()
+    tokenizer.chat_template = "c"
+    assert template_digest(tokenizer) == hashlib.sha256(b"c").hexdigest()
+
+
+def _moved(prompt: Prompt, name: str, **change: int) -> Prompt:
+    return replace(prompt, spans=prompt.spans._replace(**{name: getattr(prompt.spans, name)._replace(**change)}))
+
+
+def test_verify_takes_what_prepare_returns_and_nothing_moved() -> None:
+    tokenizer = chatml()
+    prompt = one(tokenizer, "You are Mara.", "Who is it?", "It is Mara.")
+    verify(prompt)
+    for name, span in prompt.spans._asdict().items():
+        outwards = {"char_start": -1, "char_end": 1}
+        for field, step in [*outwards.items(), *((field, step) for field in Span._fields[2:] for step in (-1, 1))]:
+            with pytest.raises(PromptError, match="'s1'"):
+                verify(_moved(prompt, name, **{field: getattr(span, field) + step}))
+
+
+def test_verify_finds_what_does_not_fit() -> None:
+    tokenizer = chatml()
+    prompt = one(tokenizer, "You are Mara.", "Who is it?", "It is Mara.")
+    with pytest.raises(PromptError, match="one length"):
+        verify(replace(prompt, input_ids=prompt.input_ids[1:], is_special=prompt.is_special[1:]))
+    with pytest.raises(PromptError, match="one length"):
+        verify(replace(prompt, offset_mapping=prompt.offset_mapping[1:]))
+    with pytest.raises(PromptError, match="control token"):
+        verify(replace(prompt, is_special=torch.ones_like(prompt.is_special)))
+    with pytest.raises(PromptError, match="is empty or leaves the prompt"):
+        verify(replace(prompt, spans=prompt.spans._replace(response=Span(0, 0, 0, 0))))
+    with pytest.raises(PromptError, match="begins before"):
+        spans = prompt.spans
+        verify(replace(prompt, spans=spans._replace(question=spans.response, response=spans.question)))
+    other = prompt.input_ids.clone()
+    other[prompt.spans.response.token_start] = other[prompt.spans.question.token_start]
+    verify(replace(prompt, input_ids=other))
+    with pytest.raises(PromptError, match="decode to"):
+        verify(replace(prompt, input_ids=other), tokenizer)
+
+
+@pytest.mark.parametrize(("name", "written"), [("system_refused", 1), ("content_as_it_is", 0)])
+def test_the_beginning_of_sequence_is_the_templates_and_never_added_again(name: str, written: int) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    tokenizer.chat_template = BY_NAME[name].template
+    assert tokenizer("A")["input_ids"][0] == bos
+    assert one(tokenizer, "You are Mara.", "Who?", "A").input_ids.tolist().count(bos) == written
+
+
+def test_a_template_that_refuses_white_space_at_an_edge_is_still_read() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] != m['content'] | trim %}"
+        "{{ raise_exception('strip it') }}{% endif %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    )
+    assert said(one(tokenizer, "You are Mara.", "Who?", "A")) == ["You are Mara.", "Who?", "A"]
+    with pytest.raises(PromptError, match=r"'s1': the chat template raised TemplateError: strip it"):
+        one(tokenizer, "You are Mara.", " Who?", "A")
+
+
+def test_offsets_out_of_order_are_refused() -> None:
+    tokenizer = chatml()
+
+    class Shuffles(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: Any, **kwargs: Any) -> Any:
+            encoding = super().__call__(text, **kwargs)
+            for offsets in encoding.get("offset_mapping", []):
+                offsets[4], offsets[1] = offsets[1], offsets[4]  # one inside the system prompt, one in front of it
+            return encoding
+
+    tokenizer.__class__ = Shuffles
+    with pytest.raises(PromptError, match="'s1': the system prompt has tokens of other text among its own"):
+        one(tokenizer, "You are Mara.", "Who?", "A")
+
+
+def test_verify_finds_a_control_token_at_the_edge_of_the_claimed_text() -> None:
+    prompt = one(chatml(), "You are Mara.", "Who?", "A")
+    inside = replace(prompt, is_special=prompt.is_special.clone())
+    inside.is_special[prompt.spans.response.token_start] = True
+    with pytest.raises(PromptError, match="holds a control token"):
+        verify(inside)

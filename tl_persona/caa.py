@@ -1,0 +1,179 @@
+"""Steering vectors by Contrastive Activation Addition, the recipe: pairs -> texts -> plan -> backend -> vectors.
+
+Method: Rimsky et al., "Steering Llama 2 via Contrastive Activation Addition" (2024): mean activation over texts that
+show a behaviour minus the mean over texts that do not. All layers come out of one pass over the texts, and so do the
+statistics that say which layer to trust.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tl_persona.backends import Backend, open_backend
+from tl_persona.contrast import ContrastPairDataset, as_pairs
+from tl_persona.directions import Direction, mean_difference
+from tl_persona.errors import HookError
+from tl_persona.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
+from tl_persona.positions import ContrastTexts, TokenPosition, contrast_texts
+from tl_persona.progress import token_progress
+from tl_persona.provenance import Provenance, software_versions, text_digest
+from tl_persona.spool import ActivationSpool
+from tl_persona.statistics import layer_statistics
+from tl_persona.vectors import SteeringVector, SteeringVectorSet
+
+METHOD_NAMES = {"mean_difference": "caa", "pca_direction": "pca", "logistic_direction": "logistic"}
+"""`extraction_method` of the bundled directions; another function's own name is taken as it is."""
+
+
+def extract_caa_vector(
+    model: Any,
+    tokenizer: Any,
+    contrast_pairs: ContrastPairDataset | Iterable[Any],
+    layer_idx: LayerChoice,
+    token_position: TokenPosition = "last",
+    batch_size: int | None = None,
+    show_progress: bool = True,
+    **options: Any,
+) -> SteeringVector:
+    """The steering vector of one layer; `extract_caa_vectors` gives many at the price of one.
+
+    Args:
+        model: What `load_model` returns, or any model `open_backend` takes.
+        tokenizer: None takes the model's own.
+        contrast_pairs: See `extract_caa_vectors`.
+        layer_idx: A layer, or the name of one hook.
+        token_position: See `extract_caa_vectors`.
+        batch_size: Texts a forward pass may hold at most; None leaves it to the token budget.
+        show_progress: Shows a bar on a terminal.
+        **options: Any other argument of `extract_caa_vectors`.
+
+    Raises:
+        HookError: The model has no such layer, or the choice means several.
+        InputError: See `extract_caa_vectors`.
+    """
+    found = extract_caa_vectors(
+        model, tokenizer, contrast_pairs, layer_idx, token_position, show_progress, batch_size=batch_size, **options
+    )
+    if len(found) != 1:
+        raise HookError(f"{layer_idx!r} means {len(found)} layers: use extract_caa_vectors, at the same cost")
+    return next(iter(found))
+
+
+def extract_caa_vectors(
+    model: Any,
+    tokenizer: Any,
+    contrast_pairs: ContrastPairDataset | Iterable[Any],
+    layer_indices: LayerSelection = None,
+    token_position: TokenPosition = "last",
+    show_progress: bool = True,
+    *,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
+    behavior: str | None = None,
+    direction: Direction = mean_difference,
+    seed: int = 0,
+    remote: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    model_name: str | None = None,
+) -> SteeringVectorSet:
+    """Steering vectors of many layers out of one pass over the texts, with statistics for each.
+
+    Args:
+        model: What `load_model` returns, or any model `open_backend` takes.
+        tokenizer: None takes the model's own.
+        contrast_pairs: A `ContrastPairDataset`, or a list of `{"positive", "negative"}` or of records with these
+            attributes; each side is raw text or chat messages.
+        layer_indices: Which layers (see `hooks.resolve_hooks`); None is the output of every block.
+        token_position: `"last"`, `"first"`, `"mean"` or an index: over the whole of a raw text, within the answer of a
+            chat; or, for chats, a mask strategy.
+        show_progress: Shows a bar on a terminal.
+        batch_size: Texts a forward pass may hold at most; None leaves it to the token budget.
+        batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
+        behavior: Name of the behaviour; None takes the data set's.
+        direction: What turns both sides' activations into a direction (see `directions`), or a function of yours with
+            that signature.
+        seed: Of the statistics' folds, halvings and resamples.
+        remote: True runs on NDIF.
+        template_kwargs: Passed to the chat template.
+        model_name: Recorded in place of the model's own name.
+
+    Returns:
+        One vector a layer, float32, with `num_pairs`, `token_position`, `pos_mean_norm`, `neg_mean_norm`,
+        `vector_norm` and `statistics` in its metadata.
+
+    Raises:
+        InputError: No pairs, a pair that cannot be used, a position outside a text, or a text longer than the model's
+            context (nothing is truncated); before the model runs.
+        HookError: A layer the model does not have, or two hooks of one block.
+        NonFiniteError: An activation holds NaN or infinity.
+    """
+    pairs = as_pairs(contrast_pairs, behavior)
+    backend = open_backend(model, tokenizer=tokenizer, remote=remote)
+    hook_names = resolve_hooks(layer_indices, backend.facts.hook_names, backend.facts.n_layers)
+    layers = _layers(hook_names)
+    inputs = contrast_texts(backend.tokenizer, list(pairs), token_position, template_kwargs=template_kwargs)
+    plan = backend.plan(inputs.samples, batch_tokens=batch_tokens, max_rows=batch_size)
+    spool = ActivationSpool(len(hook_names), len(inputs.samples), backend.facts.d_model)
+    try:
+        with token_progress(f"{pairs.behavior}, {len(hook_names)} layers", plan.tokens, show=show_progress) as advance:
+            for pooled in backend.pool(plan, hook_names):
+                spool.write(pooled.sample, pooled.means[0].float())
+                advance(len(plan.samples[pooled.sample].input_ids))
+        vectors = SteeringVectorSet(pairs.behavior)
+        method = METHOD_NAMES.get(_name(direction), _name(direction))
+        for index, (hook_name, layer) in enumerate(zip(hook_names, layers, strict=True)):
+            activations = spool.read(index)
+            pos, neg = activations[0::2], activations[1::2]
+            statistics = layer_statistics(pos, neg, direction=direction, seed=seed)
+            vectors.add(
+                SteeringVector(
+                    behavior=pairs.behavior,
+                    layer_index=layer,
+                    vector=direction(pos, neg).float(),
+                    model_name=model_name or backend.facts.name,
+                    extraction_method=method,
+                    metadata={"token_position": token_position, **statistics.as_metadata()},
+                    hook_name=hook_name,
+                    provenance=_provenance(backend, model_name, hook_name, token_position, pairs, inputs),
+                )
+            )
+    finally:
+        spool.close()
+    return vectors
+
+
+def _name(direction: Direction) -> str:
+    return getattr(direction, "__name__", type(direction).__name__)
+
+
+def _layers(hook_names: tuple[str, ...]) -> list[int]:
+    layers: list[int] = []
+    for name in hook_names:
+        layer = layer_of(name)
+        if layer is None:
+            raise HookError(f"hook {name!r} belongs to no block, so its vector has no layer: choose a hook of a block")
+        if layer in layers:
+            raise HookError(f"two hooks of block {layer} are chosen ({name!r} is the second): extract them apart")
+        layers.append(layer)
+    return layers
+
+
+def _provenance(
+    backend: Backend,
+    model_name: str | None,
+    hook_name: str,
+    token_position: TokenPosition,
+    pairs: ContrastPairDataset,
+    inputs: ContrastTexts,
+) -> Provenance:
+    facts = backend.facts
+    return Provenance(
+        model_name=model_name or facts.name,
+        revision=facts.revision,
+        dtype=facts.dtype,
+        weights=facts.weights,
+        hook_names=(hook_name,),
+        strategy=str(token_position),
+        prompts_digest=text_digest(inputs.texts),
+        sample_ids=tuple(sample.sample_id for sample in inputs.samples),
+        notes={"pairs_digest": pairs.digest(), **backend.notes, **software_versions()},
+    )
