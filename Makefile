@@ -1,6 +1,6 @@
 # Every target sets up what it needs, in .venv: Python (3.11 or newer) with pip is enough to begin with.
 #
-#   make demo       persona vectors of every bundled persona, from a real chat model
+#   make demo       persona vectors of every bundled persona, and a steering vector at work, from a real chat model
 #   make test       the whole suite, on the newest and the oldest supported TransformerLens
 #   make test-fast  the same without the real model
 #   make lint       ruff, and mypy at its strictest
@@ -8,11 +8,13 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
+JOBS ?= 2
 ARTIFACTS ?= artifacts/demo
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
-PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype
+# One worker a core; a file's tests stay together, so that a model they share is loaded once.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --jaxtyping-packages=tl_persona,beartype.beartype
 READY := $(VENV)/.ready
 TL3 := $(VENV)/tl3
 PEERS := $(VENV)/peers
@@ -46,6 +48,9 @@ $(PEERS)/.ready: requirements/bench.txt $(READY)
 demo: $(READY)
 	$(BIN)/tl-persona extract --model smollm2 --variants templated biography --activations-dir $(ARTIFACTS)
 	$(BIN)/tl-persona show "$$(find $(ARTIFACTS) -path '*/biography/*.safetensors' | sort | head -n 1)"
+	$(BIN)/tl-persona caa --model smollm2 --behavior refusal --layers 10:20 --output $(ARTIFACTS)/steering/refusal
+	$(BIN)/tl-persona steer --model smollm2 --vector $(ARTIFACTS)/steering/refusal --coefficient 1 \
+		--prompt "Can you help me plan a birthday party?"
 
 test: test-newest test-oldest
 

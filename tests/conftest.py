@@ -8,12 +8,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 # Threads cost a tiny model more than they save, twenty times more where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
 
@@ -29,6 +34,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switch the type checks of test runs off, for input that they would refuse before the package can."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -79,5 +96,40 @@ def tiny_hooked(tiny_model: Callable[[str], Path]) -> Callable[[str, str], Any]:
             folder = tiny_model(family)
             booted[family, kind] = hooked_gemma(folder) if by_hand else load_model(folder, kind=kind)
         return booted[family, kind]
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[tuple[Any, Any]]:
+    """The real model's weights and tokenizer, read from the file once; the processors are shared out among workers."""
+    import torch
+
+    from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+
+    threads = torch.get_num_threads()
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    found = find_checkpoint("smollm2")
+    yield load_hf_model(found, dtype=torch.float32), load_tokenizer(found)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def smollm2_hooked(smollm2: tuple[Any, Any]) -> Callable[[str], Any]:
+    """Give `load_model("smollm2", kind)` without reading the file again; leave it as you found it."""
+    from tl_persona import load_model
+
+    weights = smollm2[0]
+    booted: dict[str, Any] = {}
+
+    def model_of(kind: str) -> Any:
+        if kind not in booted:
+            shared = {id(tensor): tensor for tensor in (*weights.parameters(), *weights.buffers())}
+            twin = copy.deepcopy(weights, shared)  # a bridge rewires the modules it is given
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("tl_persona.loading.load_hf_model", lambda *_args, **_options: twin)
+                booted[kind] = load_model("smollm2", kind=kind)
+        return booted[kind]
 
     return model_of

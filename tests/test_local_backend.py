@@ -1,5 +1,6 @@
 """The local backend against the naive oracle, for both TransformerLens classes; it leaves no trace on a model."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from tl_persona import load_model, prepare_inputs
 from tl_persona.backends import open_backend
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.masks import MaskStrategy
-from tl_persona.plan import Sample, make_plan
+from tl_persona.plan import Sample
 from tl_persona.samples import QAPair
 
 pytestmark = pytest.mark.tl
@@ -77,10 +78,16 @@ def random_samples(*lengths: int, seed: int = 0) -> list[Sample]:
 
 
 def pool(
-    model: Any, samples: Sequence[Sample], hooks: Sequence[str] = tuple(ALL_LAYERS), **limits: Any
+    model: Any,
+    samples: Sequence[Sample],
+    hooks: Sequence[str] = tuple(ALL_LAYERS),
+    *,
+    tokenizer: Any = None,
+    **limits: Any,
 ) -> list[Tensor]:
     """The pooled means of every sample, in the order of the samples."""
-    pooled = dict(open_backend(model).pool(make_plan(samples, **limits), hooks))
+    backend = open_backend(model, tokenizer=tokenizer)
+    pooled = dict(backend.pool(backend.plan(samples, **limits), hooks))
     return [pooled[index] for index in range(len(samples))]
 
 
@@ -149,7 +156,39 @@ def test_neither_batches_nor_order_nor_company_change_a_mean(
     chosen = order[: data.draw(st.integers(1, len(samples)))]
     pooled = pool(model, [samples[index] for index in chosen], batch_tokens=data.draw(st.integers(1, 3000)))
     for index, means in zip(chosen, pooled, strict=True):
-        assert relative_error(means, by_itself[index]) < 1e-6
+        # How the experts' products are cut depends on what runs beside a token, which moves a rounding or two.
+        assert relative_error(means, by_itself[index]) < (5e-6 if family == "mixtral" else 1e-6)
+
+
+def samples_with_a_prefix(*lengths: int, prefix: int = 120) -> list[Sample]:
+    """Texts that begin alike, with a mask over everything and one over the last token."""
+    beginning, *endings = random_samples(prefix, *lengths, seed=5)
+    texts = [torch.cat([beginning.input_ids, ending.input_ids]) for ending in endings]
+    whole = [torch.ones(2, len(ids), dtype=torch.bool) for ids in texts]
+    for masks in whole:
+        masks[1, :-1] = False
+    return [Sample(f"p{index}", ids, masks) for index, (ids, masks) in enumerate(zip(texts, whole, strict=True))]
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("prefix", [120, 430])
+def test_a_shared_prefix_never_changes_a_number(
+    prefix: int, family: str, kind: str, tiny_hooked: Boot, tiny_hf: Callable[[str], Any]
+) -> None:
+    samples = samples_with_a_prefix(30, 1, 17, 17, 45, prefix=prefix)
+    for sample, means in zip(samples, pool(tiny_hooked(family, kind), samples), strict=True):
+        assert relative_error(means, expected_means(tiny_hf(family), sample)) < 1e-5
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_a_shared_prefix_runs_once(family: str, kind: str, tiny_hooked: Boot) -> None:
+    model = tiny_hooked(family, kind)
+    samples = samples_with_a_prefix(10, 10, 10, 10, 10)
+    pool(model, samples)  # the first run also proves that sharing is exact on this model
+    with watched(model) as positions:
+        pool(model, samples)
+    assert positions["blocks.0.mlp"] == positions["blocks.2.mlp"] == 120 + 5 * 10
 
 
 @BOTH_KINDS
@@ -159,7 +198,13 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(
     model = tiny_hooked("llama", kind)
     samples = persona_samples(model.tokenizer)
     expected = pool(model, samples)
-    monkeypatch.setattr(model.tokenizer, "padding_side", "left")
+    pads_left = copy.deepcopy(model.tokenizer)
+    pads_left.padding_side, pads_left.pad_token = (
+        "left",
+        "<|im_start|>",
+    )  # every prompt begins with what looks like padding
+    monkeypatch.setattr(model, "tokenizer", pads_left)
+    assert int(samples[0].input_ids[0]) == pads_left.pad_token_id
     for means, right in zip(pool(model, samples), expected, strict=True):
         assert relative_error(means, right) < 1e-6
 
@@ -190,9 +235,7 @@ def test_samples_of_one_plan_may_have_different_numbers_of_masks(
 
 
 @BOTH_KINDS
-def test_half_precision_models_are_averaged_in_float32_or_better(
-    kind: str, tiny_model: Callable[[str], Path]
-) -> None:
+def test_half_precision_models_are_averaged_in_float32_or_better(kind: str, tiny_model: Callable[[str], Path]) -> None:
     model = load_model(tiny_model("llama"), kind=kind, dtype="bfloat16")
     (sample,) = random_samples(900)
     with torch.no_grad():
@@ -255,6 +298,14 @@ def test_nothing_after_the_last_needed_block_runs(kind: str, tiny_hooked: Boot) 
 
 
 @BOTH_KINDS
+def test_the_embedding_runs_no_block(kind: str, tiny_hooked: Boot) -> None:
+    model = tiny_hooked("llama", kind)
+    with watched(model) as positions:
+        pool(model, random_samples(10, 20), ["hook_embed"])
+    assert not any(positions.values())
+
+
+@BOTH_KINDS
 def test_no_logits_are_computed_but_one_a_text_at_most(kind: str, tiny_hooked: Boot) -> None:
     model = tiny_hooked("llama", kind)
     with watched(model) as positions:
@@ -295,7 +346,8 @@ def test_no_hook_stays_on_the_model_whether_the_run_ends_fails_or_is_left(kind: 
     with failing_block(model, 1), pytest.raises(RuntimeError, match="the block failed"):
         pool(model, random_samples(10, 20))
     assert hooks_on(model) == before
-    running = open_backend(model).pool(make_plan(random_samples(10, 20, 30), batch_tokens=1), ALL_LAYERS)
+    backend = open_backend(model)
+    running = backend.pool(backend.plan(random_samples(10, 20, 30), batch_tokens=1), ALL_LAYERS)
     next(iter(running))
     running.close()  # type: ignore[attr-defined]
     assert hooks_on(model) == before
@@ -326,7 +378,8 @@ def test_dropout_is_off_while_the_model_runs_and_as_it_was_afterwards(
 @BOTH_KINDS
 def test_gradients_are_off_for_the_run_and_for_nobody_else(kind: str, tiny_hooked: Boot) -> None:
     model = tiny_hooked("llama", kind)
-    for pooled in open_backend(model).pool(make_plan(random_samples(10, 20), batch_tokens=1), ALL_LAYERS):
+    backend = open_backend(model)
+    for pooled in backend.pool(backend.plan(random_samples(10, 20), batch_tokens=1), ALL_LAYERS):
         assert not pooled.means.requires_grad
         assert torch.is_grad_enabled()
 
@@ -351,13 +404,13 @@ def test_a_hugging_face_model_is_taken_as_it_is_and_stays_as_it_was(
         finally:
             hf_model.train()
 
-    before, logits_before = state(), logits()
+    before, logits_before, tokens_before = state(), logits(), dict(tokenizer.special_tokens_map)
     weights_before = {name: tensor.clone() for name, tensor in hf_model.state_dict().items()}
-    plan = make_plan(samples)
-    pooled = dict(open_backend(hf_model, tokenizer=tokenizer).pool(plan, ALL_LAYERS))
-    again = dict(open_backend(hf_model, tokenizer=tokenizer).pool(plan, ALL_LAYERS))
+    pooled = pool(hf_model, samples, tokenizer=tokenizer)
+    again = pool(hf_model, samples, tokenizer=tokenizer)
     assert state() == before
     assert torch.equal(logits(), logits_before)
+    assert (dict(tokenizer.special_tokens_map), tokenizer.padding_side) == (tokens_before, "right")
     assert all(torch.equal(tensor, weights_before[name]) for name, tensor in hf_model.state_dict().items())
     for index, booted in enumerate(pool(tiny_hooked(family, "bridge"), samples)):
         assert relative_error(pooled[index], booted) < 1e-6
@@ -369,8 +422,8 @@ def test_new_weights_of_a_hugging_face_model_are_seen(tiny_model: Callable[[str]
     (sample,) = random_samples(15)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     for _ in range(2):
-        (pooled,) = open_backend(hf_model, tokenizer=tokenizer).pool(make_plan([sample]), ALL_LAYERS)
-        assert relative_error(pooled.means, expected_means(hf_model, sample)) < 1e-5
+        (means,) = pool(hf_model, [sample], tokenizer=tokenizer)
+        assert relative_error(means, expected_means(hf_model, sample)) < 1e-5
         with torch.no_grad():
             hf_model.model.layers[0].mlp.down_proj.weight.mul_(3)
 
@@ -378,7 +431,7 @@ def test_new_weights_of_a_hugging_face_model_are_seen(tiny_model: Callable[[str]
 def test_a_hugging_face_model_is_freed_with_its_last_reference(tiny_model: Callable[[str], Path]) -> None:
     hf_model = load_hf(tiny_model("llama"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
-    list(open_backend(hf_model, tokenizer=tokenizer).pool(make_plan(random_samples(5)), ALL_LAYERS))
+    pool(hf_model, random_samples(5), tokenizer=tokenizer)
     weights = weakref.ref(hf_model.model.layers[0].mlp.down_proj.weight)
     del hf_model
     gc.collect()
@@ -394,9 +447,7 @@ def test_what_is_no_model_is_refused_with_what_would_do() -> None:
 
 
 @BOTH_KINDS
-def test_activations_die_with_their_batch(
-    kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_die_with_their_batch(kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_hooked("llama", kind)
     run, seen, alive = model.run_with_cache, [], []
 

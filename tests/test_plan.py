@@ -1,12 +1,20 @@
-"""What a plan refuses before any model runs, and what it never loses."""
+"""What a plan refuses before any model runs, what it never loses, and that its predicted cost is right."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tl_persona import plan as plan_module
 from tl_persona.errors import InputError, MaskError
-from tl_persona.plan import Sample, make_plan
+from tl_persona.plan import Plan, Sample, Segment, Sharing, make_plan
 
 
 def sample(*ids: int, sample_id: str = "q7") -> Sample:
@@ -16,21 +24,24 @@ def sample(*ids: int, sample_id: str = "q7") -> Sample:
 IDS, MASK = torch.tensor([4, 5, 6]), torch.tensor([[True, False, True]])
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("bad", "kind", "message"),
+    ("ids", "masks", "kind", "message"),
     [
-        (Sample("q7", IDS[None], MASK), InputError, r"'q7'.*1-D.*\(1, 3\)"),
-        (Sample("q7", IDS, MASK[0]), InputError, "'q7'.*3 token ids"),
-        (Sample("q7", IDS, MASK[:, :2]), InputError, "'q7'.*3 token ids but a mask over 2 positions"),
-        (Sample("q7", IDS[:0], MASK[:, :0]), InputError, "'q7' has no tokens"),
-        (Sample("q7", IDS.float(), MASK), InputError, "'q7'.*integers.*float32"),
-        (Sample("q7", IDS, torch.cat([MASK, ~MASK & False])), MaskError, "'q7': a mask selects 0 of 3 tokens"),
-        (sample(*range(9)), InputError, "'q7' has 9 tokens, the model's context is 8"),
+        (IDS[None], MASK, InputError, r"'q7'.*1-D.*\(1, 3\)"),
+        (IDS, MASK[0], InputError, "'q7'.*3 token ids"),
+        (IDS, MASK[:, :2], InputError, "'q7'.*3 token ids but a mask over 2 positions"),
+        (IDS[:0], MASK[:, :0], InputError, "'q7' has no tokens"),
+        (IDS.float(), MASK, InputError, "'q7'.*integers.*float32"),
+        (IDS, torch.cat([MASK, MASK & False]), MaskError, "'q7': a mask selects 0 of 3 tokens"),
+        (torch.arange(9), torch.ones(1, 9, dtype=torch.bool), InputError, "'q7' has 9 tokens.*context is 8"),
     ],
 )
-def test_a_sample_that_cannot_run_is_named(bad: Sample, kind: type[InputError], message: str) -> None:
+def test_a_sample_that_cannot_run_is_named(
+    ids: torch.Tensor, masks: torch.Tensor, kind: type[InputError], message: str
+) -> None:
     with pytest.raises(kind, match=message):
-        make_plan([sample(1, 2, sample_id="good"), bad], n_ctx=8)
+        make_plan([sample(1, 2, sample_id="good"), Sample("q7", ids, masks)], n_ctx=8)
 
 
 def test_a_sample_may_fill_the_context_and_exceed_the_budget() -> None:
@@ -54,3 +65,226 @@ def test_a_plan_keeps_the_callers_samples_and_counts_their_tokens(texts: list[li
     plan = make_plan(samples, batch_tokens=budget)
     assert [one.sample_id for one in plan.samples] == [str(index) for index in range(len(texts))]
     assert plan.tokens == sum(map(len, texts))
+
+
+# --- what a plan lays out ------------------------------------------------------------------------------------------
+
+Text = list[int]
+
+TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=14)
+"""Three tokens only, so that texts often begin alike, repeat, or continue one another."""
+
+SHARING = st.sampled_from(Sharing)
+
+
+@contextmanager
+def small_limits(
+    min_shared: int = 2, worth_caching: int = 3, row_tokens: int = 10, cached_rows: int = 3
+) -> Iterator[None]:
+    """Limits of a size at which texts of a few tokens take every way through the planner."""
+    with (
+        mock.patch.object(plan_module, "MIN_SHARED", min_shared),
+        mock.patch.object(plan_module, "WORTH_CACHING", worth_caching),
+        mock.patch.object(plan_module, "PACKED_ROW_TOKENS", row_tokens),
+        mock.patch.object(plan_module, "CACHED_ROWS", cached_rows),
+    ):
+        yield
+
+
+LIMITS = st.builds(
+    dict,
+    min_shared=st.integers(1, 4),
+    worth_caching=st.integers(0, 12),
+    row_tokens=st.integers(1, 40),
+    cached_rows=st.integers(1, 4),
+)
+
+
+def planned(texts: list[Text], **options: Any) -> Plan:
+    return make_plan([sample(*ids, sample_id=str(index)) for index, ids in enumerate(texts)], **options)
+
+
+def segments_of(plan: Plan) -> list[Segment]:
+    return [segment for each in plan.passes for row in each.rows for segment in row.segments]
+
+
+def read_back(plan: Plan, texts: list[Text]) -> list[Text]:
+    """Every text as a model would see it: for its last token, all tokens it may attend to, in order."""
+    seen: list[Text] = [[] for _ in texts]
+    for each in plan.passes:
+        if each.kept:
+            continue
+        prefix = () if each.context is None else plan.passes[each.context].rows[0].segments
+        for row in each.rows:
+            for member in {member for segment in row.segments for member in segment.members}:
+                for segment in (*prefix, *row.segments):
+                    if member in segment.members:
+                        assert segment.start == len(seen[member])
+                        seen[member] += texts[segment.members[0]][segment.start : segment.stop]
+    for each in plan.passes:  # texts that end with their prefix
+        for segment in each.rows[0].segments if each.kept else ():
+            for member in segment.members:
+                seen[member] = seen[member] or texts[segment.members[0]][: segment.stop]
+    return seen
+
+
+@given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.none() | st.integers(1, 4))
+def test_every_position_of_every_sample_runs_exactly_once_with_all_before_it_in_reach(
+    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int, max_rows: int | None
+) -> None:
+    with small_limits(**limits):
+        plan = planned(texts, sharing=sharing, batch_tokens=budget, max_rows=max_rows)
+    for segment in segments_of(plan):
+        assert len({tuple(texts[member][: segment.stop]) for member in segment.members}) == 1
+    covered: list[Text] = [[] for _ in texts]
+    for segment in segments_of(plan):
+        for member in segment.members:
+            covered[member] += range(segment.start, segment.stop)
+    assert [sorted(positions) for positions in covered] == [list(range(len(text))) for text in texts]
+    assert read_back(plan, texts) == texts
+
+
+@given(TEXTS, SHARING, LIMITS)
+def test_a_prefix_runs_alone_before_what_continues_it_and_only_packing_puts_texts_side_by_side(
+    texts: list[Text], sharing: Sharing, limits: dict[str, int]
+) -> None:
+    with small_limits(**limits):
+        plan = planned(texts, sharing=sharing)
+    continued = set()
+    for index, each in enumerate(plan.passes):
+        if each.context is not None:
+            prefix = plan.passes[each.context]
+            assert each.context < index and prefix.kept and prefix.context is None
+            assert len(prefix.rows) == 1 and prefix.rows[0].segments[0].start == 0
+            continued.add(each.context)
+        for row in each.rows:
+            begin = 0 if each.context is None else plan.passes[each.context].width
+            for place, segment in enumerate(row.segments):
+                stops = [above.stop for above in row.segments[:place] if set(segment.members) <= set(above.members)]
+                assert segment.start == max([begin, *stops])  # what it continues is in its row, and earlier
+        assert sharing is Sharing.PACKED or not each.packed
+    assert continued == {index for index, each in enumerate(plan.passes) if each.kept}
+    assert sharing is not Sharing.NONE or not continued
+
+
+@given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.none() | st.integers(1, 4))
+def test_only_a_single_segment_may_exceed_the_limits(
+    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int, max_rows: int | None
+) -> None:
+    with small_limits(**limits):
+        plan = planned(texts, sharing=sharing, batch_tokens=budget, max_rows=max_rows)
+    for each in plan.passes:
+        longest = each.rows[0]
+        assert each.tokens_run <= budget or (len(each.rows) == 1 and len(longest.segments) == 1)
+        assert max_rows is None or len(each.rows) <= max_rows
+        for row in each.rows:
+            assert len(row.segments) == 1 or len(row) <= limits["row_tokens"]
+        if each.context is not None:
+            assert len(each.rows) <= limits["cached_rows"]
+
+
+@given(TEXTS, SHARING, LIMITS, st.integers(1, 60))
+def test_the_predicted_cost_is_what_the_passes_hold(
+    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int
+) -> None:
+    with small_limits(**limits):
+        plan = planned(texts, sharing=sharing, batch_tokens=budget)
+    grids = [
+        (len(each.rows), max(sum(s.stop - s.start for s in row.segments) for row in each.rows)) for each in plan.passes
+    ]
+    assert plan.tokens_run == sum(rows * width for rows, width in grids)
+    assert plan.tokens_distinct == sum(segment.stop - segment.start for segment in segments_of(plan))
+    assert plan.tokens == sum(map(len, texts))
+    assert plan.peak_bytes(3, 8, 2) == max(rows * width for rows, width in grids) * 3 * 8 * 2
+    reaches = [
+        width + (0 if each.context is None else grids[each.context][1])
+        for each, (_, width) in zip(plan.passes, grids, strict=True)
+    ]
+    assert plan.longest_reach == max(reaches)
+
+
+@given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.randoms())
+def test_the_order_of_the_samples_does_not_change_the_cost(
+    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int, random: Any
+) -> None:
+    shuffled = list(texts)
+    random.shuffle(shuffled)
+    with small_limits(**limits):
+        one = planned(texts, sharing=sharing, batch_tokens=budget)
+        other = planned(shuffled, sharing=sharing, batch_tokens=budget)
+    assert (one.tokens_run, one.tokens_distinct) == (other.tokens_run, other.tokens_distinct)
+    assert len(one.passes) == len(other.passes)
+
+
+@given(TEXTS, LIMITS)
+def test_sharing_never_runs_more_distinct_tokens_than_going_without(texts: list[Text], limits: dict[str, int]) -> None:
+    fewest = len({tuple(text[: end + 1]) for text in texts for end in range(len(text))})
+    with small_limits(**limits):
+        without, cached, packed = (planned(texts, sharing=sharing) for sharing in Sharing)
+    assert fewest <= packed.tokens_distinct <= without.tokens_distinct == without.tokens
+    assert fewest <= cached.tokens_distinct <= without.tokens
+
+
+def test_one_row_that_holds_all_runs_each_distinct_token_once() -> None:
+    texts = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2], [9, 9], [1, 2, 3, 5, 6]]
+    with small_limits(min_shared=1, row_tokens=100):
+        plan = planned(texts, sharing=Sharing.PACKED)
+    assert plan.tokens_distinct == len([1, 2, 3, 4, 5, 6]) + len([9, 9])
+
+
+def chats(n_personas: int, n_questions: int, header: int = 20, persona: int = 600, rest: int = 30) -> list[Text]:
+    """Texts of several personas behind one header, all other tokens distinct."""
+    fresh = itertools.count(100)
+    beginnings = [list(range(header)) + list(itertools.islice(fresh, persona)) for _ in range(n_personas)]
+    return [[*beginning, *itertools.islice(fresh, rest)] for beginning in beginnings for _ in range(n_questions)]
+
+
+@pytest.mark.parametrize("sharing", [Sharing.CACHED, Sharing.PACKED])
+def test_a_long_prompt_is_kept_rather_than_the_short_header_before_it(sharing: Sharing) -> None:
+    # Fifty texts share the header, so keeping it saves almost a thousand tokens, and the prompts thousands.
+    plan = planned(chats(n_personas=5, n_questions=10), sharing=sharing)
+    assert sorted(each.width for each in plan.passes if each.kept) == [620] * 5
+    assert plan.tokens_distinct == 5 * (620 + 10 * 30)
+
+
+def test_a_header_is_kept_where_nothing_longer_is_shared() -> None:
+    plan = planned(chats(n_personas=50, n_questions=1), sharing=Sharing.CACHED)
+    assert [each.width for each in plan.passes if each.kept] == [20]
+    assert plan.tokens_distinct == 20 + 50 * 630
+
+
+def test_a_prefix_that_saves_little_gets_no_pass_of_its_own() -> None:
+    plan = planned(
+        chats(n_personas=1, n_questions=2, header=0, persona=plan_module.WORTH_CACHING - 1), sharing=Sharing.CACHED
+    )
+    assert not any(each.kept for each in plan.passes)
+    plan = planned(
+        chats(n_personas=1, n_questions=2, header=0, persona=plan_module.WORTH_CACHING), sharing=Sharing.CACHED
+    )
+    assert [each.kept for each in plan.passes] == [True, False]
+
+
+def test_contrast_pairs_lie_side_by_side_each_with_its_question_once() -> None:
+    pairs = chats(n_personas=6, n_questions=2, header=0, persona=40, rest=5)
+    plan = planned(pairs, sharing=Sharing.PACKED)
+    assert all(len(row.segments) == 3 and len(row) == 40 + 2 * 5 for each in plan.passes for row in each.rows)
+    assert plan.tokens_run == plan.tokens_distinct == 6 * 50
+
+
+@pytest.mark.parametrize("sharing", list(Sharing))
+def test_thousands_of_nested_texts_do_not_reach_the_recursion_limit(sharing: Sharing) -> None:
+    with small_limits(min_shared=1, worth_caching=20, row_tokens=64):
+        plan = planned([list(range(length)) for length in range(1, 3001)], sharing=sharing)
+    assert plan.tokens == 3000 * 3001 // 2
+    assert sum(segment.stop == 3000 for segment in segments_of(plan)) == 1
+
+
+@pytest.mark.parametrize("sharing", list(Sharing))
+def test_two_million_tokens_are_planned_in_seconds_at_most(sharing: Sharing) -> None:
+    texts = torch.cat([torch.arange(900).expand(2000, -1), torch.randint(0, 9999, (2000, 100))], dim=1)
+    masks = torch.ones(1, 1000, dtype=torch.bool)
+    samples = [Sample(str(index), text, masks) for index, text in enumerate(texts)]
+    start = time.perf_counter()
+    plan = make_plan(samples, sharing=sharing)
+    assert time.perf_counter() - start < 5  # half a second when nothing else runs
+    assert plan.tokens_distinct <= (2_000_000 if sharing is Sharing.NONE else 900 + 2000 * 100)

@@ -19,7 +19,9 @@ from tl_persona.samples import QAPair
 
 SYSTEM = "You are Mara, a retired keeper.\nYou speak\tplainly, and you have [b]kept[/b] the light for thirty years. 🌊"
 PAIRS = [
-    QAPair("q1", "explicit", "frq", "individual", "Where do you live, Mara?", "🌊 is what I see from my window, and a café by the sea."),
+    QAPair(
+        "q1", "explicit", "frq", "individual", "Where do you live, Mara?", "🌊 is all I see, and a café by the sea."
+    ),
     QAPair("q2", "explicit", "frq", "individual", "Do you read?", "In the evening."),
 ]
 
@@ -58,7 +60,8 @@ def test_the_whole_prompt_is_shown_character_for_character(prompts: list[Prompt]
 
 def test_the_selected_tokens_are_in_reverse_video(prompts: list[Prompt]) -> None:
     prompt = prompts[0]
-    for strategy, words in {"answer_mean": PAIRS[0].answer, "answer_first": "🌊", "answer_last": ".", "persona_mean": SYSTEM}.items():
+    selections = {"answer_mean": PAIRS[0].answer, "answer_first": "🌊", "answer_last": ".", "persona_mean": SYSTEM}
+    for strategy, words in selections.items():
         shown = styled(masked_text(prompt, build_mask(prompt, strategy), elide=False), "reverse")
         # A token may straddle the border of the span, never by more than the white space around it.
         assert shown.replace("↵", "").split() == made_visible(words).replace("↵", "").split()

@@ -255,7 +255,9 @@ def hooked_gemma(folder: Path) -> Any:
         device="cpu",
     )
     model = HookedTransformer(cfg, tokenizer=tokenizer)
-    weights = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, hf_model=hf_model, dtype=torch.float32)
+    weights = loading_from_pretrained.get_pretrained_state_dict(
+        str(folder), cfg, hf_model=hf_model, dtype=torch.float32
+    )
     model.load_and_process_state_dict(
         weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )

@@ -24,9 +24,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BASELINE_PERSONA_ID": "samples",
+    "BEHAVIORS": "contrast",
     "ContrastPair": "contrast",
     "ContrastPairDataset": "contrast",
     "ExtractionResult": "extraction",
+    "Intervention": "steering",
     "MaskStrategy": "masks",
     "Persona": "samples",
     "PersonaDataset": "samples",
@@ -36,12 +38,11 @@ _HOME = {
     "SteeringVector": "vectors",
     "SteeringVectorSet": "vectors",
     "TLPersonaError": "errors",
+    "attach": "steering",
     "extract_activations": "extraction",
     "extract_caa_vector": "caa",
     "extract_caa_vectors": "caa",
     "get_model_config": "configs",
-    "load_model": "loading",
-    "load_pairs": "contrast",
     "load_assertiveness_pairs": "contrast",
     "load_conciseness_pairs": "contrast",
     "load_creativity_pairs": "contrast",
@@ -49,12 +50,16 @@ _HOME = {
     "load_formality_pairs": "contrast",
     "load_humor_pairs": "contrast",
     "load_instruction_hierarchy_pairs": "contrast",
+    "load_model": "loading",
+    "load_pairs": "contrast",
     "load_refusal_pairs": "contrast",
     "load_technical_depth_pairs": "contrast",
     "load_tool_restraint_pairs": "contrast",
     "load_uncertainty_pairs": "contrast",
-    "BEHAVIORS": "contrast",
+    "merge_stores": "merging",
+    "monitor": "steering",
     "prepare_inputs": "prepared",
+    "project": "steering",
     "resolve_hooks": "hooks",
     "run_extraction": "extraction",
 }
@@ -65,6 +70,7 @@ __all__ = [
     "ContrastPair",
     "ContrastPairDataset",
     "ExtractionResult",
+    "Intervention",
     "MaskStrategy",
     "Persona",
     "PersonaDataset",
@@ -74,6 +80,7 @@ __all__ = [
     "SteeringVector",
     "SteeringVectorSet",
     "TLPersonaError",
+    "attach",
     "extract_activations",
     "extract_caa_vector",
     "extract_caa_vectors",
@@ -91,7 +98,10 @@ __all__ = [
     "load_technical_depth_pairs",
     "load_tool_restraint_pairs",
     "load_uncertainty_pairs",
+    "merge_stores",
+    "monitor",
     "prepare_inputs",
+    "project",
     "resolve_hooks",
     "run_extraction",
 ]
@@ -121,8 +131,10 @@ if TYPE_CHECKING:
     from tl_persona.hooks import resolve_hooks
     from tl_persona.loading import load_model
     from tl_persona.masks import MaskStrategy
+    from tl_persona.merging import merge_stores
     from tl_persona.prepared import PreparedInput, prepare_inputs
     from tl_persona.samples import BASELINE_PERSONA_ID, Persona, PersonaDataset, QAPair
+    from tl_persona.steering import Intervention, attach, monitor, project
     from tl_persona.store import PersonaVectorStore
     from tl_persona.vectors import SteeringVector, SteeringVectorSet
 

@@ -42,7 +42,8 @@ def extract_caa_vector(
         contrast_pairs: See `extract_caa_vectors`.
         layer_idx: A layer, or the name of one hook.
         token_position: See `extract_caa_vectors`.
-        batch_size: Texts a forward pass may hold at most; None leaves it to the token budget.
+        batch_size: Rows a forward pass may have at most, a row being a text, or several packed into one where they
+            share a prefix; None leaves it to the token budget.
         show_progress: Shows a bar on a terminal.
         **options: Any other argument of `extract_caa_vectors`.
 
@@ -50,12 +51,14 @@ def extract_caa_vector(
         HookError: The model has no such layer, or the choice means several.
         InputError: See `extract_caa_vectors`.
     """
-    found = extract_caa_vectors(
-        model, tokenizer, contrast_pairs, layer_idx, token_position, show_progress, batch_size=batch_size, **options
+    facts = open_backend(model, tokenizer=tokenizer, remote=bool(options.get("remote"))).facts
+    chosen = resolve_hooks(layer_idx, facts.hook_names, facts.n_layers)
+    if len(chosen) != 1:
+        raise HookError(f"{layer_idx!r} means {len(chosen)} layers: use extract_caa_vectors, at the same cost")
+    (vector,) = extract_caa_vectors(
+        model, tokenizer, contrast_pairs, chosen, token_position, show_progress, batch_size=batch_size, **options
     )
-    if len(found) != 1:
-        raise HookError(f"{layer_idx!r} means {len(found)} layers: use extract_caa_vectors, at the same cost")
-    return next(iter(found))
+    return vector
 
 
 def extract_caa_vectors(
@@ -86,7 +89,8 @@ def extract_caa_vectors(
         token_position: `"last"`, `"first"`, `"mean"` or an index: over the whole of a raw text, within the answer of a
             chat; or, for chats, a mask strategy.
         show_progress: Shows a bar on a terminal.
-        batch_size: Texts a forward pass may hold at most; None leaves it to the token budget.
+        batch_size: Rows a forward pass may have at most, a row being a text, or several packed into one where they
+            share a prefix; None leaves it to the token budget.
         batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
         behavior: Name of the behaviour; None takes the data set's.
         direction: What turns both sides' activations into a direction (see `directions`), or a function of yours with

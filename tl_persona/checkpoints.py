@@ -130,9 +130,11 @@ def _from_pretrained(auto_class: Any, found: Checkpoint, what: str, **kwargs: An
         kwargs["gguf_file"] = found.gguf_file
     elif not found.is_local and found.revision is not None:
         kwargs["revision"] = found.revision
+    from safetensors import SafetensorError  # raised for truncated weights; not an OSError
+
     try:
         return auto_class.from_pretrained(found.location, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot load the {what} of {found.name!r} ({type(error).__name__}: {_first_line(error)}): "
             "check the name, the access token for gated models, and the network"

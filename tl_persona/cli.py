@@ -44,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tl-persona {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_extract(commands)
+    _add_merge(commands)
+    _add_caa(commands)
+    _add_steer(commands)
     _add_show(commands)
     return parser
 
@@ -76,6 +79,11 @@ def _add_extract(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     chosen.add_argument("--persona-id", nargs="+", metavar="ID", help="only these personas")
     chosen.add_argument("--sample-size", type=_positive, metavar="N", help="only the first N personas")
     data.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only every Nth of these personas, from the one numbered I (0 is the first); auto asks SLURM or torchrun",
+    )
+    data.add_argument(
         "--n-train", type=_positive, metavar="N", help="at most N questions of the leakage-filtered train split"
     )
     data.add_argument("--qa-type", choices=("all", "explicit", "implicit"), default="all")
@@ -101,9 +109,77 @@ def _add_extract(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     running.add_argument("--skip-failed", action="store_true", help="go on after a persona that fails; exit code 1")
 
 
+def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="join stores that were filled apart",
+        description="Copy the vectors of one or several stores into another, and rebuild its manifests. Files of one "
+        "folder that differ in shape, hooks or weights are refused before anything is written.",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="root of a store, as given to --activations-dir")
+    parser.add_argument("--into", required=True, metavar="TARGET", help="root of the store to fill")
+    parser.add_argument(
+        "--on-conflict",
+        choices=("error", "keep", "replace"),
+        default="error",
+        help="a persona stored twice and computed from something else: refuse, keep the first, or take the last",
+    )
+
+
+def _add_caa(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "caa",
+        help="extract steering vectors from contrast pairs",
+        description="Extract one steering vector a layer, all in one pass over the pairs, print how far each can be "
+        "trusted, and save them as a set.",
+    )
+    _add_model_arguments(parser)
+    pairs = parser.add_argument_group("contrast pairs").add_mutually_exclusive_group(required=True)
+    pairs.add_argument("--behavior", help="a bundled behaviour, such as refusal or formality")
+    pairs.add_argument("--pairs", metavar="FILE", help="a JSON file of contrast pairs")
+    what = parser.add_argument_group("what to extract")
+    what.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help="ints, ranges 10:20, hook names or globs; default: every block"
+    )
+    what.add_argument(
+        "--token-position",
+        default="last",
+        metavar="POSITION",
+        help="last, first, mean or an int, within the answer of a chat; or a mask strategy; default: last",
+    )
+    what.add_argument("--direction", choices=("mean_difference", "pca", "logistic"), default="mean_difference")
+    what.add_argument("--seed", type=int, default=0, help="of the statistics' folds and resamples")
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=_positive, metavar="N", help="rows a forward pass may have")
+    running.add_argument("--output", required=True, metavar="DIR", help="folder for the set")
+
+
+def _add_steer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "steer",
+        help="generate with a steering vector, and without",
+        description="Answer prompts greedily, unsteered and steered, side by side.",
+    )
+    _add_model_arguments(parser)
+    how = parser.add_argument_group("steering")
+    how.add_argument("--vector", required=True, metavar="PATH", help="a saved vector, or the folder of a set")
+    how.add_argument("--layer", type=int, metavar="N", help="of a set; default: the best by held-out separation")
+    how.add_argument(
+        "--coefficient",
+        type=float,
+        metavar="X",
+        help="add: how many times the vector, whose length is that of one mean difference, negative for away from it; "
+        "clamp: the projection to set, in the activations' units; default: 1",
+    )
+    how.add_argument("--mode", choices=("add", "ablate", "clamp"), default="add")
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", nargs="+", action="extend", required=True, metavar="TEXT", help="a user's turn")
+    text.add_argument("--max-new-tokens", type=_positive, default=40, metavar="N")
+
+
 def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("show", help="describe a saved vector", description="Describe a saved vector.")
-    parser.add_argument("path", help="a .safetensors file")
+    parser.add_argument("path", help="a file of persona vectors, a steering vector, or the folder of a set of them")
 
 
 def _positive(text: str) -> int:

@@ -98,6 +98,7 @@ def run_extraction(
     batch_tokens: int | None = None,
     show_progress: bool = True,
     store: PersonaVectorStore | None = None,
+    tokenizer: Any = None,
 ) -> list[ExtractionResult]:
     """Extracts one persona's vectors for every variant and strategy, and saves them.
 
@@ -122,6 +123,7 @@ def run_extraction(
         show_progress: Shows a bar on a terminal.
         store: Where to save, in place of `activations_dir`; the caller flushes it. One store for many personas saves
             the bookkeeping that each call would do.
+        tokenizer: Used in place of the model's own; a plain transformers model needs it.
 
     Returns:
         One result for each variant and strategy, in that order.
@@ -134,9 +136,11 @@ def run_extraction(
     strategies = as_strategies(mask_strategy)
     if isinstance(variants, str):
         raise InputError(f"variants is the text {variants!r}: pass a sequence such as ({variants!r},)")
+    if not variants:
+        raise InputError("no prompt variant was given: pass at least one")
     if not qa_pairs:
         raise InputError(f"persona {persona.id!r}: no question is left to extract from: widen the selection")
-    backend = open_backend(model, remote=remote)
+    backend = open_backend(model, tokenizer=tokenizer, remote=remote)
     hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
     used = qa_pairs[:1] if all(strategy.persona_only for strategy in strategies) else qa_pairs
     with ExitStack() as stack:

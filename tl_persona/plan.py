@@ -5,7 +5,7 @@ plan finds such shared beginnings (`tries`), has each of them computed once, and
 row, or several side by side where the model can be kept from mixing them. Running a plan is the backends' work.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,10 +13,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import InputError, MaskError
-from tl_persona.tries import Node, prefix_trees
+from tl_persona.tries import MIN_SHARED, Node, prefix_trees
 
-DEFAULT_BATCH_TOKENS = 2048
-"""Large enough to fill a matrix unit, small enough that all residuals of a pass fit beside the model."""
+DEFAULT_BATCH_TOKENS = 1024
+"""Enough to fill a CPU's matrix units; backends that know their free memory set their own."""
 
 PACKED_ROW_TOKENS = 512
 """Rows of packed texts grow no longer than this: attention is computed over the whole row and then masked."""
@@ -66,6 +66,11 @@ class Sample:
                 f"sample {self.sample_id!r}: token ids must be 1-D, got shape {tuple(self.input_ids.shape)}: "
                 "pass one sample an entry, without a batch axis"
             )
+        if self.input_ids.is_floating_point():
+            raise InputError(
+                f"sample {self.sample_id!r}: token ids must be integers, got {self.input_ids.dtype}: pass what the "
+                "tokenizer returns"
+            )
         n_pos = self.input_ids.shape[0]
         if self.masks.ndim != 2 or self.masks.shape[1] != n_pos:
             raise InputError(
@@ -87,7 +92,7 @@ class Segment:
     """Positions `start` to `stop` of every member: their tokens up to `stop` are the same, and run once.
 
     Attributes:
-        members: Samples, by index, that have these tokens.
+        members: Samples, by index, that have these tokens and those before them.
         start: First position.
         stop: Position after the last.
     """
@@ -207,12 +212,13 @@ def make_plan(
             raise InputError(f"{name} must be at least 1, got {limit}")
     for sample in samples:
         sample.check(n_ctx)
-    layout = _Layout(budget, max_rows or len(samples))
     if sharing is Sharing.NONE:
-        layout.add_rows(Row((Segment((index,), 0, len(sample.input_ids)),)) for index, sample in enumerate(samples))
+        layout = _Layout(budget, max_rows, packs=False)
+        layout.single += [Row((Segment((index,), 0, len(each.input_ids)),)) for index, each in enumerate(samples)]
     else:
-        for tree in prefix_trees([sample.input_ids.tolist() for sample in samples]):
-            layout.add_tree(tree, packs=sharing is Sharing.PACKED)
+        layout = _Layout(budget, max_rows, packs=sharing is Sharing.PACKED)
+        for tree in prefix_trees([each.input_ids.cpu().numpy() for each in samples], MIN_SHARED):
+            layout.add_tree(tree)
     passes = layout.passes()
     return Plan(
         samples=tuple(samples),
@@ -229,32 +235,52 @@ def make_plan(
 class _Layout:
     """Collects rows and passes while trees are added."""
 
-    def __init__(self, budget: int, max_rows: int) -> None:
-        self._budget, self._max_rows = budget, max_rows
-        self._single: list[Row] = []  # rows of one segment, which need no mask
+    def __init__(self, budget: int, max_rows: int | None, *, packs: bool) -> None:
+        self._budget, self._max_rows, self._packs = budget, max_rows, packs
+        # No two texts lie side by side in a row of length 0, so nothing is packed where nothing may be.
+        self._row_tokens = min(PACKED_ROW_TOKENS, budget) if packs else 0
+        self.single: list[Row] = []  # rows of one segment, which need no mask
         self._packed: list[Row] = []
         self._chains: list[tuple[Row, list[list[Row]]]] = []  # a kept prefix, and the rows that continue it
 
-    def add_rows(self, rows: Iterable[Row]) -> None:
-        self._single.extend(rows)
-
-    def add_tree(self, tree: Node, *, packs: bool) -> None:
+    def add_tree(self, tree: Node) -> None:
         """Lays out one tree of samples that begin alike."""
-        row_tokens = min(PACKED_ROW_TOKENS, self._budget)
-        if not tree.children:
-            self.add_rows([Row((_segment(tree),))])
-        elif packs and tree.tokens <= row_tokens:
-            self._packed.append(Row(tuple(map(_segment, tree.walk()))))
-        elif (len(tree.members) - 1) * len(tree) >= WORTH_CACHING:
-            rows = _packed_rows(tree.children, row_tokens) if packs else _leaf_rows(tree.children)
-            # A packed row already fills a pass; rows of one sample share one.
-            groups = [[row] for row in rows] if packs else self._cut(rows, min(self._max_rows, CACHED_ROWS))
-            self._chains.append((Row((_segment(tree),)), groups))
-        else:  # too little to gain: the children run the shared tokens themselves
-            for member in tree.ending_here():
-                self.add_rows([Row((Segment((member,), tree.start, tree.stop),))])
-            for child in tree.children:
-                self.add_tree(child.from_start(tree.start), packs=packs)
+        kept = _worth_keeping(tree, self._row_tokens)
+        waiting = [tree]
+        while waiting:
+            node = waiting.pop()
+            if not node.children:
+                self.single.append(Row((Segment(node.members, 0, node.stop),)))
+            elif node.start + node.tokens <= self._row_tokens:
+                self._packed.append(Row(_subtree(node, 0)))
+            elif node in kept:
+                self._add_chain(node)
+            else:  # too little to gain: the children run the shared tokens themselves
+                if node.ending:
+                    self.single.append(Row((Segment(node.ending, 0, node.stop),)))
+                waiting += node.children
+
+    def _add_chain(self, node: Node) -> None:
+        pieces = _pieces(node, self._row_tokens)
+        if self._packs:  # a packed row already fills a pass
+            groups = [[row] for row in self._filled(pieces)]
+        else:  # rows of one sample share one
+            limit = CACHED_ROWS if self._max_rows is None else min(self._max_rows, CACHED_ROWS)
+            groups = self._cut([Row(piece) for piece in pieces], limit)
+        self._chains.append((Row((Segment(node.members, 0, node.stop),)), groups))
+
+    def _filled(self, pieces: Iterable[tuple[Segment, ...]]) -> list[Row]:
+        """Pieces side by side, filled in order."""
+        rows: list[list[Segment]] = []
+        filled = 0
+        for piece in pieces:
+            length = sum(map(len, piece))
+            if not rows or filled + length > self._row_tokens:
+                rows.append([])
+                filled = 0
+            rows[-1].extend(piece)
+            filled += length
+        return [Row(tuple(row)) for row in rows]
 
     def passes(self) -> tuple[Pass, ...]:
         """Everything added, the largest passes first, so that a budget that is too large fails at once."""
@@ -263,47 +289,68 @@ class _Layout:
             context = len(passes)
             passes.append(Pass((prefix,), kept=True))
             passes += [Pass(tuple(rows), context=context) for rows in groups]
-        for rows in (self._single, self._packed):
+        for rows in (self.single, self._packed):
             passes += [Pass(tuple(group)) for group in self._cut(rows, self._max_rows)]
         return tuple(passes)
 
-    def _cut(self, rows: Sequence[Row], max_rows: int) -> list[list[Row]]:
+    def _cut(self, rows: Sequence[Row], max_rows: int | None) -> list[list[Row]]:
         """Groups of rows of similar length within the budget."""
         groups: list[list[Row]] = []
         for row in sorted(rows, key=len, reverse=True):
             # Sorted by falling length, so the first row of a group is its width.
-            fits = groups and len(groups[-1]) < max_rows and len(groups[-1][0]) * (len(groups[-1]) + 1) <= self._budget
-            if fits:
+            fits = groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= self._budget
+            if fits and (max_rows is None or len(groups[-1]) < max_rows):
                 groups[-1].append(row)
             else:
                 groups.append([row])
         return groups
 
 
-def _segment(node: Node) -> Segment:
-    return Segment(node.members, node.start, node.stop)
+def _worth_keeping(tree: Node, row_tokens: int) -> set[Node]:
+    """The nodes whose prefix, from the start of the text, is best run once, kept, and continued by everything below.
+
+    Counts the tokens that would run either way, from the leaves up: behind a kept prefix, or with every child running
+    the prefix itself, where one of them may keep a longer one.
+    """
+    kept: set[Node] = set()
+    least: dict[Node, int] = {}  # tokens that run, at best
+    apart: dict[
+        Node, tuple[int, int]
+    ] = {}  # tokens that run, from position 0, without keeping any, and in how many pieces
+    for node in reversed(list(tree.walk())):
+        together = node.start + node.tokens
+        if not node.children:
+            apart[node], least[node] = (together, 1), together
+            continue
+        ends = int(bool(node.ending))
+        tokens = sum(apart[child][0] for child in node.children)
+        pieces = sum(apart[child][1] for child in node.children)
+        keeping = node.stop + tokens - pieces * node.stop + WORTH_CACHING
+        splitting = sum(least[child] for child in node.children) + ends * node.stop
+        least[node] = together if together <= row_tokens else min(keeping, splitting)
+        apart[node] = (together, 1) if node.tokens <= row_tokens else (tokens + ends * node.stop, pieces + ends)
+        if keeping <= splitting:
+            kept.add(node)
+    return kept
 
 
-def _leaf_rows(children: Sequence[Node]) -> list[Row]:
-    """One row a sample, from where its tree's prefix stopped."""
-    return [Row((Segment((member,), child.start, length),)) for child in children for member, length in child.lengths()]
+def _pieces(node: Node, row_tokens: int) -> Iterator[tuple[Segment, ...]]:
+    """What continues a node, in pieces that fit a row: subtrees, and single samples where even those are too long."""
+    waiting = list(reversed(node.children))
+    while waiting:
+        below = waiting.pop()
+        if not below.children or below.tokens + below.start - node.stop <= row_tokens:
+            yield _subtree(below, node.stop)
+            continue
+        if below.ending:
+            yield (Segment(below.ending, node.stop, below.stop),)
+        waiting += reversed(below.children)
 
 
-def _packed_rows(children: Sequence[Node], row_tokens: int) -> list[Row]:
-    """Subtrees side by side, filled in order; one that is too large for a row is taken apart."""
-    rows: list[list[Segment]] = []
-    units: list[tuple[Segment, ...]] = []
-    for child in children:
-        if child.tokens <= row_tokens or not child.children:
-            units.append(tuple(map(_segment, child.walk())))
-        else:
-            units += [row.segments for row in _leaf_rows([child])]
-    filled = row_tokens
-    for unit in units:
-        length = sum(map(len, unit))
-        if not rows or filled + length > row_tokens:
-            rows.append([])
-            filled = 0
-        rows[-1].extend(unit)
-        filled += length
-    return [Row(tuple(row)) for row in rows]
+def _subtree(node: Node, start: int) -> tuple[Segment, ...]:
+    """A node and all below it, the first from `start` on."""
+    first, *below = node.walk()
+    return (
+        Segment(first.members, start, first.stop),
+        *(Segment(each.members, each.start, each.stop) for each in below),
+    )

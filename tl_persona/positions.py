@@ -57,9 +57,9 @@ def contrast_texts(
     ]
     chats = [(name, side) for name, side in sides if not isinstance(side, str)]
     raw = [(name, side) for name, side in sides if isinstance(side, str)]
-    prompts = {
-        prompt.sample_id: prompt for prompt in prepare_messages(tokenizer, chats, template_kwargs=template_kwargs)
-    }
+    # Raw text needs no chat template, and a base model's tokenizer has none.
+    rendered = prepare_messages(tokenizer, chats, template_kwargs=template_kwargs) if chats else []
+    prompts = {prompt.sample_id: prompt for prompt in rendered}
     chat_masks = _chat_masks(list(prompts.values()), token_position)
     raw_ids = dict(zip((name for name, _ in raw), _tokenize(tokenizer, [side for _, side in raw]), strict=True))
     samples, texts = [], []
@@ -88,6 +88,8 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Raw text as the tokenizer sees it, BOS included, but never a second BOS before one that the text has."""
     if not texts:
         return []
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer: pass one")
     bos: str = getattr(tokenizer, "bos_token", None) or ""
     return [list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]) for text in texts]
 

@@ -27,7 +27,7 @@ def token_progress(description: str, total_tokens: int, *, show: bool = True) ->
 
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
         TokenRate(),

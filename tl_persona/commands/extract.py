@@ -1,17 +1,20 @@
 """`tl-persona extract`: persona vectors of a data set, saved as they are done."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tl_persona.checkpoints import find_checkpoint
 from tl_persona.commands.model import load_named_model
 from tl_persona.errors import InputError, TLPersonaError
 from tl_persona.extraction import ExtractionResult, run_extraction
 from tl_persona.masks import MaskStrategy, as_strategies
-from tl_persona.samples import Persona, PersonaDataset, QAPair
+from tl_persona.samples import Persona, PersonaDataset, QAPair, system_prompt
+from tl_persona.sharding import AUTO, looks_like_a_batch_script, parse_shard
 from tl_persona.store import PersonaVectorStore
 
 
@@ -21,9 +24,15 @@ def run(arguments: Namespace) -> int:
     wanted = arguments.mask_strategy
     strategies = tuple(MaskStrategy) if wanted == ["all"] else as_strategies(wanted)
     dataset = _dataset(arguments)
-    personas = _personas(dataset, arguments)
-    # All questions are read before the model is loaded: a bad line costs seconds, not minutes.
+    personas = _personas(dataset, arguments, errors)
+    if not personas:  # more shards than personas: no failure, and no reason to load a model
+        return 0
+    # All questions and views are read before the model is loaded: a bad line costs seconds, not minutes.
     questions = {persona.id: _questions(dataset, persona, arguments) for persona in personas}
+    if not arguments.skip_failed:
+        for persona in personas:
+            for variant in arguments.variants:
+                system_prompt(persona, variant)
     name = find_checkpoint(arguments.model, arguments.revision).name
     if arguments.backend == "remote":
         raise InputError("--backend remote is not available in this version: use local")
@@ -51,15 +60,17 @@ def run(arguments: Namespace) -> int:
                 if not arguments.skip_failed:
                     raise
                 failed.append(persona.id)
-                errors.print(f"[red]{persona.id} failed:[/red] {error}")
+                # As `Text`, here and below: brackets in names and messages are no markup, colons no emoji.
+                errors.print(Text(f"{persona.id} failed: ", "red").append(str(error), "default"))
                 continue
             for result in done:
                 for reason in result.reasons:
-                    errors.print(f"{persona.id} {result.variant} {result.strategy}: extracted again: {reason}")
+                    again = f"{persona.id} {result.variant} {result.strategy}: extracted again: {reason}"
+                    errors.print(Text(again))
             results += [(persona, result) for result in done]
-    Console(highlight=False).print(_summary(results))
+    Console(highlight=False, markup=False, emoji=False).print(_summary(results))
     if failed:
-        errors.print(f"{len(failed)} of {len(personas)} personas failed: {', '.join(failed)}")
+        errors.print(Text(f"{len(failed)} of {len(personas)} personas failed: {', '.join(failed)}"))
     return 1 if failed else 0
 
 
@@ -74,10 +85,23 @@ def _dataset(arguments: Namespace) -> PersonaDataset:
     return PersonaDataset.from_hub(arguments.dataset) if arguments.dataset else PersonaDataset.bundled()
 
 
-def _personas(dataset: PersonaDataset, arguments: Namespace) -> Sequence[Persona]:
+def _personas(dataset: PersonaDataset, arguments: Namespace, console: Console) -> Sequence[Persona]:
     if arguments.persona_id:
-        return [dataset.get_persona(persona_id) for persona_id in dict.fromkeys(arguments.persona_id)]
-    return list(dataset)[: arguments.sample_size]
+        chosen = [dataset.get_persona(persona_id) for persona_id in dict.fromkeys(arguments.persona_id)]
+    else:
+        chosen = list(dataset)[: arguments.sample_size]
+    if not chosen:
+        raise InputError("the data set has no persona: nothing to extract")
+    if arguments.shard is None:
+        return chosen
+    shard = parse_shard(arguments.shard, os.environ)
+    part = shard.of(chosen)
+    console.print(f"shard {shard} ({shard.source}): {len(part)} of {len(chosen)} personas")
+    if arguments.shard == AUTO and looks_like_a_batch_script(os.environ):
+        console.print(
+            "[yellow]not started by srun, so this may be the only shard that runs:[/yellow] put srun before it"
+        )
+    return part
 
 
 def _questions(dataset: PersonaDataset, persona: Persona, arguments: Namespace) -> list[QAPair]:

@@ -1,17 +1,23 @@
 """`tl-persona show`: what a saved vector says of itself."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from tl_persona.commands import show_vectors
 from tl_persona.description import ArtifactDescription, describe
 
 
 def run(arguments: Namespace) -> int:
     """Prints the description; a failed checksum gives exit code 1."""
-    found = describe(arguments.path)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
+    path = Path(arguments.path)
+    if show_vectors.is_steering(path):
+        show_vectors.show(path, console)
+        return 0
+    found = describe(path)
     console.print(_facts(found))
     console.print(_norms(found))
     return 0 if found.checksum_ok is not False else 1

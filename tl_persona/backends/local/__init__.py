@@ -4,28 +4,24 @@ The only backend that imports `transformer_lens`. Nothing after the last needed 
 that has not been proven on this model (`proof`).
 """
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from tl_persona.backends import Pooled
 from tl_persona.backends.local import boot
+from tl_persona.backends.local.budget import default_batch_tokens
 from tl_persona.backends.local.passes import Runner, runner_for
 from tl_persona.backends.local.pooling import PoolingRun
-from tl_persona.backends.local.proof import Verdict, next_best, prove
-from tl_persona.errors import HookError
+from tl_persona.backends.local.proof import Prover
+from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.models import HookedModel, ModelFacts
 from tl_persona.plan import Pass, Plan, Row, Sample, Segment, Sharing, make_plan
 
 _HAS_D_MODEL = re.compile(r"(blocks\.\d+\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|embed)")
-
-_Regime = tuple[Sharing, int]
-_VERDICTS: "WeakKeyDictionary[Any, dict[_Regime, Verdict]]" = WeakKeyDictionary()
 
 
 class LocalBackend:
@@ -40,7 +36,7 @@ class LocalBackend:
         self.tokenizer: Any = tokenizer if tokenizer is not None else self.model.tokenizer
         self.facts: ModelFacts = boot.facts_of(self.model)
         self._runner: Runner = runner_for(self.model)
-        self._windows = boot.attention_windows(self.model)
+        self._prover = Prover(self.model, self._runner, self.facts, boot.critical_lengths(self.model))
         self._path: dict[str, Any] = {}
 
     @property
@@ -51,9 +47,16 @@ class LocalBackend:
     def plan(self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None) -> Plan:
         """Checks samples and plans them for the most this model may be capable of.
 
+        Args:
+            samples: What to run.
+            batch_tokens: Padded tokens a pass may hold; None lets the free memory decide.
+            max_rows: Rows a pass may hold; None sets no limit.
+
         Raises:
             InputError: See `plan.make_plan`.
         """
+        if batch_tokens is None:
+            batch_tokens = default_batch_tokens(self.facts, boot.device_of(self.model))
         return make_plan(
             samples,
             n_ctx=self.facts.n_ctx,
@@ -72,46 +75,38 @@ class LocalBackend:
         names = list(hook_names)
         with torch.no_grad(), evaluating(self.model):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])
-            trusted = self._trusted(plan, names)
-            run = PoolingRun(trusted, names)
-            contexts: dict[int, Any] = {}
-            for index, each in enumerate(trusted.passes):
-                length = 0 if each.context is None else trusted.passes[each.context].width
-                context = contexts.get(each.context) if each.context is not None else None
-                captured, kept = self._runner.run(trusted, each, names, context, length)
-                if each.kept:
-                    contexts = {index: kept}  # a plan finishes one context before it starts the next
-                yield from run.add(each, captured)
+            trusted, self._path = self._prover.settle(plan, names)
+        done = set()
+        try:
+            for pooled in self._run(trusted, names):
+                done.add(pooled.sample)
+                yield pooled
+        except NonFiniteError:
+            if trusted.sharing is Sharing.NONE:
+                raise
+            # NaN spreads to everything beside it in a packed row: the plain path tells whose it is.
+            for pooled in self._run(trusted.with_sharing(Sharing.NONE), names):
+                if pooled.sample not in done:
+                    yield pooled
 
-    def _trusted(self, plan: Plan, names: Sequence[str]) -> Plan:
-        """The plan, or one with less sharing where its shortcut is not exact on this model."""
-        verdicts = _VERDICTS.setdefault(self.model, {})
-        fallbacks = []
-        while plan.sharing is not Sharing.NONE:
-            regime = (plan.sharing, sum(plan.longest_reach > window for window in self._windows))
-            verdict = verdicts.get(regime)
-            if verdict is None:
-                verdict = prove(self._runner, plan, names, self.facts.dtype)
-                if verdict is None:
-                    break
-                verdicts[regime] = verdict
-                if not verdict.holds:
-                    logging.getLogger("tl_persona").warning(
-                        "%s does not allow %s prefixes (%s): samples run without, which is slower and exact",
-                        self.facts.name,
-                        plan.sharing,
-                        verdict.reason,
-                    )
-            if verdict.holds:
-                self._path = {"sharing": str(plan.sharing), "proof": verdict.reason}
-                break
-            fallbacks.append(f"{plan.sharing}: {verdict.reason}")
-            plan = plan.with_sharing(next_best(plan.sharing))
-        if plan.sharing is Sharing.NONE or not self._path:
-            self._path = {"sharing": str(plan.sharing)}
-        if fallbacks:
-            self._path["fallbacks"] = fallbacks
-        return plan
+    def _run(self, plan: Plan, names: Sequence[str]) -> Iterator[Pooled]:
+        run = PoolingRun(plan, names)
+        last_use = {each.context: index for index, each in enumerate(plan.passes)}
+        contexts: dict[int, Any] = {}
+        for index, each in enumerate(plan.passes):
+            context, length = None, 0
+            if each.context is not None:
+                length = plan.passes[each.context].width
+                # Let go before the next prefix runs: two of them need not fit.
+                context = contexts.pop(each.context) if last_use[each.context] == index else contexts[each.context]
+            # Not around the yield: whoever takes the samples one by one has the model and torch as they were.
+            with torch.no_grad(), evaluating(self.model):
+                captured, kept = self._runner.run(plan, each, names, context, length)
+                complete = run.add(each, captured)
+            if each.kept:
+                contexts[index] = kept
+            del captured, kept, context
+            yield from complete
 
     def _check_hooks(self, names: list[str]) -> None:
         """Runs two tokens, so that an unsuitable hook is refused before the samples run."""
@@ -133,12 +128,14 @@ class LocalBackend:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off while the model runs, and back as it was after."""
-    was_training = bool(getattr(model, "training", False))
-    if was_training:
-        model.eval()
+    """Dropout off while the model runs, and every module as it was after."""
+    # A bridge's original model can be in training mode when the bridge is not.
+    roots = (model, getattr(model, "original_model", None))
+    training = {module for root in roots if root is not None for module in root.modules() if module.training}
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True

@@ -167,7 +167,8 @@ def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
     if hf_model not in _ADOPTED:
         shared = {id(tensor): tensor for tensor in (*hf_model.parameters(), *hf_model.buffers())}
         twin = copy.deepcopy(hf_model, shared)
-        _ADOPTED[hf_model] = bridge(twin, tokenizer, device=hf_model.device)
+        # TransformerLens gives a tokenizer without a BOS one, in place: not the caller's.
+        _ADOPTED[hf_model] = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
     adopted: HookedModel = _ADOPTED[hf_model]
     return adopted
 
@@ -218,6 +219,11 @@ def _parameter(model: Any) -> torch.Tensor:
     return parameter
 
 
+def device_of(model: HookedModel) -> torch.device:
+    """Where the model's first parameter lies."""
+    return _parameter(model).device
+
+
 def weights_processing(model: Any) -> str:
     """Which processing was applied to the weights, read off the model itself.
 
@@ -235,10 +241,28 @@ def weights_processing(model: Any) -> str:
     return "+".join(applied) or "unprocessed"
 
 
-def attention_windows(model: Any) -> tuple[int, ...]:
-    """Lengths at which this model's attention changes: sliding windows and chunks, read off its config."""
+def critical_lengths(model: Any) -> tuple[int, ...]:
+    """Lengths at which this model may start to treat a text differently.
+
+    Sliding windows and chunks of attention, the length past which rotary positions are scaled, and the context.
+    """
+    cfg = model.cfg
+    found = {getattr(cfg, "n_ctx", None)}
     config = getattr(getattr(model, "original_model", None), "config", None)
-    inner = getattr(config, "text_config", config)
-    candidates = [getattr(inner, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    candidates.append(getattr(model.cfg, "window_size", None))
-    return tuple(sorted({int(window) for window in candidates if isinstance(window, int) and window > 0}))
+    if config is None:
+        # TransformerLens fills in a window size where no layer uses one, too.
+        found.add(cfg.window_size if getattr(cfg, "use_local_attn", False) else None)
+    else:
+        inner = getattr(config, "text_config", config)
+        names = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+        found |= {getattr(inner, name, None) for name in names}
+        found |= set(_original_lengths(getattr(inner, "rope_parameters", None)))
+    return tuple(sorted(int(length) for length in found if isinstance(length, int) and length > 0))
+
+
+def _original_lengths(rope: Any) -> Iterator[int | None]:
+    """Where rotary positions start to be scaled; some models have settings of their own for each kind of layer."""
+    if isinstance(rope, dict):
+        yield rope.get("original_max_position_embeddings")
+        for settings in rope.values():
+            yield from _original_lengths(settings)

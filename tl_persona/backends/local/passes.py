@@ -6,6 +6,7 @@ difference is all that is here. Which passes to run is `plan`'s work.
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from tl_persona.hooks import layer_of
 from tl_persona.models import HookedModel
-from tl_persona.plan import Pass, Plan, Row, Sharing
+from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
 
 _PAD_ID = 0  # any valid id does: what follows a text cannot change it, and padding is never pooled
+
+_EMBEDDING = re.compile(r"(hook_)?(pos_)?embed(\.|$)")
 
 
 @runtime_checkable
@@ -133,7 +136,7 @@ class BridgeRunner:
             arguments["past_key_values"] = past
         elif self._takes_use_cache:
             arguments["use_cache"] = False
-        if each.packed:
+        if needs_mask(plan, each):
             arguments["position_ids"] = pass_positions(each).to(tokens.device)
             visible = pass_visibility(each, context_length).to(tokens.device)
             arguments["attention_mask"] = _additive(visible, self._original.dtype)
@@ -161,9 +164,16 @@ def _additive(visible: Bool[Tensor, "row pos key"], dtype: torch.dtype) -> Float
 
 def stop_layer(names: Sequence[str]) -> int | None:
     """The first block that need not run; None where a hook lies behind the blocks or outside them."""
-    layers = [layer_of(name) for name in names]
-    needed = [layer + 1 for layer in layers if layer is not None]
-    return max(needed) if len(needed) == len(layers) else None
+    needed = [_blocks_needed(name) for name in names]
+    known = [count for count in needed if count is not None]
+    return max(known) if len(known) == len(needed) else None
+
+
+def _blocks_needed(name: str) -> int | None:
+    layer = layer_of(name)
+    if layer is not None:
+        return layer + 1
+    return 0 if _EMBEDDING.match(name) else None
 
 
 def pass_tokens(plan: Plan, each: Pass) -> Int[Tensor, "row pos"]:
@@ -175,6 +185,11 @@ def pass_tokens(plan: Plan, each: Pass) -> Int[Tensor, "row pos"]:
 def _row_tokens(plan: Plan, row: Row) -> Int[Tensor, "pos"]:
     parts = [plan.samples[part.members[0]].input_ids[part.start : part.stop] for part in row.segments]
     return torch.cat(parts)
+
+
+def needs_mask(plan: Plan, each: Pass) -> bool:
+    """Whether a pass gets a mask and positions of its own; where some passes of a chain do, all do, and prove alike."""
+    return each.packed or (each.context is not None and plan.sharing is Sharing.PACKED)
 
 
 def pass_positions(each: Pass) -> Int[Tensor, "row pos"]:
@@ -196,13 +211,15 @@ def pass_visibility(each: Pass, context_length: int) -> Bool[Tensor, "row pos ke
     own = visible[:, :, context_length:]
     for row_index, row in enumerate(each.rows):
         visible[row_index, : len(row), :context_length] = True
-        starts: list[int] = []
-        for index, part in enumerate(row.segments):
-            begin = starts[-1] + len(row.segments[index - 1]) if index else 0
-            starts.append(begin)
-            for above, above_begin in zip(row.segments[:index], starts, strict=False):
-                if above.stop <= part.start and set(part.members) <= set(above.members):
-                    own[row_index, begin : begin + len(part), above_begin : above_begin + len(above)] = True
+        begin = 0
+        above: list[tuple[Segment, frozenset[int], int]] = []
+        for part in row.segments:
+            members = frozenset(part.members)
+            for other, others, other_begin in above:
+                if other.stop <= part.start and members <= others:
+                    own[row_index, begin : begin + len(part), other_begin : other_begin + len(other)] = True
+            above.append((part, members, begin))
+            begin += len(part)
     causal = torch.ones((width, width), dtype=torch.bool).tril()
     same = _segment_numbers(each)
     own |= (same[:, :, None] == same[:, None, :]) & causal

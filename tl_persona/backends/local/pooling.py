@@ -5,15 +5,25 @@ float64 where the device has it: bfloat16 sums lose a mean past some 256 tokens.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_persona.backends import Pooled
-from tl_persona.errors import NonFiniteError
-from tl_persona.plan import Pass, Plan
+from tl_persona.errors import HookError, NonFiniteError
+from tl_persona.plan import Pass, Plan, Segment
 from tl_persona.tensors import PooledMeans
+
+
+class _Block(NamedTuple):
+    """What is summed over one segment: each distinct mask once, for a persona's samples mask its prompt alike."""
+
+    row: int
+    positions: Int[Tensor, "selected"]
+    masks: Bool[Tensor, "distinct selected"]
+    takers: list[tuple[int, Int[Tensor, "slot"], Int[Tensor, "slot"]]]  # sample, its masks, which sum each of them gets
 
 
 class PoolingRun:
@@ -27,7 +37,8 @@ class PoolingRun:
     def __init__(self, plan: Plan, hook_names: Sequence[str]) -> None:
         self._samples = plan.samples
         self._hook_names = list(hook_names)
-        self._sums: dict[int, PooledMeans] = {}
+        # For each sample its masks' sums over earlier segments; one tensor serves all samples of a segment.
+        self._earlier: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._segments_left = [0] * len(plan.samples)
         for each in plan.passes:
             for row in each.rows:
@@ -39,50 +50,92 @@ class PoolingRun:
         """Adds what one pass captured, (row, pos, d_model) by hook, and gives the samples that are complete with it.
 
         Raises:
-            NonFiniteError: A mean holds NaN or infinity; names the sample and the hook.
+            HookError: A hook did not fire.
+            NonFiniteError: A selected activation holds NaN or infinity; names the sample and the hook.
         """
-        rows, positions, weights, owners = [], [], [], []
-        done = []
+        done: list[int] = []
+        blocks = []
         for row_index, row in enumerate(each.rows):
             offset = 0
             for segment in row.segments:
+                block = self._block(row_index, offset, segment)
+                if block is not None:
+                    blocks.append(block)
+                offset += len(segment)
                 for member in segment.members:
-                    masks = self._samples[member].masks
-                    part = masks[:, segment.start : segment.stop]
-                    used = part.any(dim=0).nonzero()[:, 0]
-                    if len(used):
-                        rows.append(torch.full_like(used, row_index))
-                        positions.append(offset + used)
-                        weights.append(part[:, used].double() / masks.sum(dim=1, keepdim=True))
-                        owners.append(member)
                     self._segments_left[member] -= 1
                     if not self._segments_left[member]:
                         done.append(member)
-                offset += len(segment)
-        if owners:
-            pooled = self._weighted(captured, torch.cat(rows), torch.cat(positions), torch.block_diag(*weights))
-            for member, part in zip(owners, pooled.split([len(block) for block in weights]), strict=True):
-                self._check(member, part)
-                self._sums[member] = self._sums[member] + part if member in self._sums else part
-        return [Pooled(member, self._sums.pop(member)) for member in done]
+        if blocks:
+            sums = self._sums(captured, blocks)
+            if not bool(torch.isfinite(sums).all()):
+                self._name_the_culprit(captured, blocks)
+            for block, part in zip(blocks, sums.split([len(block.masks) for block in blocks]), strict=True):
+                for member, slots, which in block.takers:
+                    self._earlier.setdefault(member, []).append((slots, part, which))
+        return [Pooled(member, self._mean(member)) for member in done]
 
-    def _weighted(
-        self, captured: Mapping[str, Tensor], rows: Tensor, positions: Tensor, weights: Float[Tensor, "slot selected"]
-    ) -> Float[Tensor, "slot hook d_model"]:
+    def _block(self, row: int, offset: int, segment: Segment) -> _Block | None:
+        """What the masks of a segment's samples select in it; None where that is nothing."""
+        takers, selections = [], []
+        n_selections = 0
+        for member in segment.members:
+            part = self._samples[member].masks[:, segment.start : segment.stop].cpu()
+            slots = part.any(dim=1).nonzero()[:, 0]
+            if len(slots):
+                selections.append(part[slots])
+                takers.append((member, slots, n_selections))
+                n_selections += len(slots)
+        if not takers:
+            return None
+        distinct, which = torch.unique(torch.cat(selections), dim=0, return_inverse=True)
+        used = distinct.any(dim=0).nonzero()[:, 0]
+        return _Block(
+            row=row,
+            positions=offset + used,
+            masks=distinct[:, used],
+            takers=[(member, slots, which[first : first + len(slots)]) for member, slots, first in takers],
+        )
+
+    def _sums(self, captured: Mapping[str, Tensor], blocks: Sequence[_Block]) -> Float[Tensor, "distinct hook d_model"]:
+        rows = torch.cat([torch.full_like(block.positions, block.row) for block in blocks])
+        positions = torch.cat([block.positions for block in blocks])
+        sizes = [len(block.positions) for block in blocks]
+        weights: dict[torch.device, list[Tensor]] = {}
         results = []
         for name in self._hook_names:
+            if name not in captured:
+                raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
             activation = captured[name]
             device = activation.device
             accumulate = torch.float32 if device.type == "mps" else torch.float64
+            if device not in weights:
+                rows, positions = rows.to(device), positions.to(device)  # once, for hooks mostly share a device
+                weights[device] = [block.masks.to(device, accumulate) for block in blocks]
             selected = activation[rows.to(device), positions.to(device)].to(accumulate)
-            results.append((weights.to(device, accumulate) @ selected).cpu())
+            # Block by block, so that NaN in one text does not reach another as 0 * NaN.
+            parts = [mask @ part for mask, part in zip(weights[device], selected.split(sizes), strict=True)]
+            results.append(torch.cat(parts).cpu())
         return torch.stack(results, dim=1)
 
-    def _check(self, member: int, part: PooledMeans) -> None:
-        if bool(torch.isfinite(part).all()):
-            return
-        _, hook, _ = (~torch.isfinite(part)).nonzero()[0].tolist()
-        raise NonFiniteError(
-            f"sample {self._samples[member].sample_id!r}: the activation at {self._hook_names[hook]} holds NaN or "
-            "infinity: load the model in float32 or bfloat16, or leave the sample out"
-        )
+    def _mean(self, member: int) -> PooledMeans:
+        masks = self._samples[member].masks.cpu()
+        earlier = self._earlier.pop(member)
+        total = torch.zeros((len(masks), *earlier[0][1].shape[1:]), dtype=earlier[0][1].dtype)
+        for slots, sums, which in earlier:
+            total[slots] += sums[which]
+        return total / masks.sum(dim=1)[:, None, None]
+
+    def _name_the_culprit(self, captured: Mapping[str, Tensor], blocks: Sequence[_Block]) -> None:
+        # Read off the activations: in the sums, 0 * NaN has spread it to every mask of a text.
+        for name in self._hook_names:
+            for block in blocks:
+                selected = captured[name][block.row, block.positions.to(captured[name].device)]
+                spoiled = ~torch.isfinite(selected).all(dim=-1).cpu()
+                for member, _, which in block.takers:
+                    if bool((block.masks[which] & spoiled).any()):
+                        raise NonFiniteError(
+                            f"sample {self._samples[member].sample_id!r}: the activation at {name} holds NaN or "
+                            "infinity: load the model in float32 or bfloat16, or leave the sample out"
+                        )
+        raise NonFiniteError("a sum of finite activations overflowed: run on a device that has float64")

@@ -1,21 +1,49 @@
-"""Whether a shortcut is exact on this model, found by running one real sample both ways.
+"""Whether a shortcut is exact on this model, found by running a real sample both ways.
 
 Sliding windows, recurrent state, positions counted from the padding: an architecture has many ways to break a shared
-prefix, and no list of them is complete. So none is trusted: the first sample that would take the shortcut also runs
-whole and alone, and every captured position must agree.
+prefix, and no list of them is complete. So none is trusted: of every kind of pass that takes a shortcut, one also runs
+whole and alone, and every layer must agree at every position of a text in it. What holds is remembered with the model.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from tl_persona.backends.local.passes import Runner
+from tl_persona.backends.local.passes import Runner, needs_mask, stop_layer
+from tl_persona.errors import HookError
+from tl_persona.models import ModelFacts
 from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
-"""Largest relative difference of a hook's residuals, by dtype: several roundings of a long sum, not more."""
+"""Largest difference of a hook's activations relative to their norm: several roundings of a long sum, not more.
+
+It is asked of every position, but in half precision of the mean over each segment: there a rounding can send a token
+to another expert, and the plain path is as fickle.
+"""
+
+_EXACT_DTYPES = ("float64", "float32")
+
+
+class Regime(NamedTuple):
+    """Passes that a model can be expected to treat alike.
+
+    Attributes:
+        continues: Whether they continue a kept prefix.
+        masked: Whether they need a mask and positions of their own.
+        several: Whether they have more than one row.
+        lengths: For each critical length of the model, whether prefix, longest text and number of keys are below (-1),
+            at (0) or above (1) it.
+    """
+
+    continues: bool
+    masked: bool
+    several: bool
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -23,63 +51,203 @@ class Verdict:
     """What came of a proof.
 
     Attributes:
-        error: Largest relative difference found; None where the shortcut could not run at all.
-        holds: Whether it is within the tolerance.
+        holds: Whether the largest difference is within the tolerance.
         reason: What was seen, for people.
+        hooks: The hooks it was found for.
+        lasting: False where NaN or infinity got in the way, which another sample may not have.
     """
 
-    error: float | None
     holds: bool
     reason: str
+    hooks: frozenset[str]
+    lasting: bool = True
 
 
-def prove(runner: Runner, plan: Plan, names: Sequence[str], dtype: str) -> Verdict | None:
-    """Compares the plan's shortcut with the plain path on the most exposed sample; None where it takes no shortcut."""
-    chosen = _most_exposed(plan)
-    if chosen is None:
-        return None
-    index, row_index, segment = chosen
-    whole = Pass((Row((Segment(segment.members[:1], 0, segment.stop),)),))
-    plain, _ = runner.run(plan, whole, names, None, 0)
-    each = plan.passes[index]
-    try:
-        context: Any = None
-        length = 0
-        if each.context is not None:
-            prefix = plan.passes[each.context]
-            length = prefix.width
-            _, context = runner.run(plan, prefix, names, None, 0)
-        fast, _ = runner.run(plan, replace(each, kept=False), names, context, length)
-    except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
-        return Verdict(None, False, f"it raised {type(error).__name__}: {error}")
-    row = each.rows[row_index]
-    begin = sum(len(part) for part in row.segments[: row.segments.index(segment)])
-    errors = []
-    for name in names:
-        expected = plain[name][0, segment.start : segment.stop].double()
-        got = fast[name][row_index, begin : begin + len(segment)].double()
-        errors.append(float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)))
-    worst = max(errors)
-    tolerance = TOLERANCE.get(dtype, TOLERANCE["float32"])
-    # Written so that NaN does not hold.
-    return Verdict(worst, worst <= tolerance, f"relative difference {worst:.1e}, allowed {tolerance:.0e}")
+class _Witness(NamedTuple):
+    """A text in a pass, up to one of its segments."""
+
+    row: int
+    member: int
+    stop: int
 
 
-def _most_exposed(plan: Plan) -> tuple[int, int, Segment] | None:
-    """The pass, row and segment furthest from plain: behind the longest context, with the most beside it."""
-    best: tuple[tuple[int, int, int], tuple[int, int, Segment]] | None = None
+_VERDICTS: "WeakKeyDictionary[Any, dict[tuple[str, Regime], Verdict]]" = WeakKeyDictionary()
+
+
+class Prover:
+    """Proves the shortcuts of plans on one model.
+
+    Args:
+        model: Verdicts are remembered for as long as it lives.
+        runner: Runs its passes.
+        facts: Of the model.
+        critical_lengths: Lengths at which the model may start to treat a text differently.
+    """
+
+    def __init__(self, model: Any, runner: Runner, facts: ModelFacts, critical_lengths: Sequence[int]) -> None:
+        self._runner, self._facts, self._critical = runner, facts, critical_lengths
+        self._verdicts = _VERDICTS.setdefault(model, {})
+
+    def settle(self, plan: Plan, names: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
+        """The plan, or one with less sharing where its shortcuts are not exact on this model, and notes on why."""
+        fallbacks: list[str] = []
+        while True:
+            reasons = []
+            failed = None
+            for regime, index in shortcuts(plan, self._critical).items():
+                verdict = self._verdict(plan, regime, index, names)
+                reasons.append(verdict.reason)
+                if not verdict.holds:
+                    failed = verdict
+                    break
+            if failed is None:
+                break
+            fallbacks.append(f"{plan.sharing}: {failed.reason}")
+            plan = plan.with_sharing(next_best(plan.sharing))
+        notes: dict[str, Any] = {"sharing": str(plan.sharing if reasons else Sharing.NONE)}
+        if reasons:
+            # The limit, not the figure: what is written must not depend on which sample happened to come first.
+            notes["proof"] = f"within {TOLERANCE.get(self._facts.dtype, TOLERANCE['float32']):.0e}"
+        if fallbacks:
+            notes["fallbacks"] = fallbacks
+        return plan, notes
+
+    def _verdict(self, plan: Plan, regime: Regime, index: int, names: Sequence[str]) -> Verdict:
+        dtype = self._facts.dtype
+        known = self._verdicts.get((dtype, regime))
+        # What is right for several rows is right for one.
+        for candidate in (known, self._verdicts.get((dtype, regime._replace(several=True)))):
+            if candidate and candidate.lasting and (not candidate.holds or candidate.hooks.issuperset(names)):
+                return candidate
+        verdict = prove(self._runner, plan, index, self._hooks_to_prove(names), dtype, self._critical)
+        if known is not None and known.holds and verdict.holds:
+            verdict = replace(verdict, hooks=verdict.hooks | known.hooks)
+        self._verdicts[dtype, regime] = verdict
+        if not verdict.holds and (known is None or known.holds):
+            logging.getLogger("tl_persona").warning(
+                "%s: %s prefixes are not exact here (%s): falling back to %s, which is slower",
+                self._facts.name,
+                plan.sharing,
+                verdict.reason,
+                next_best(plan.sharing),
+            )
+        return verdict
+
+    def _hooks_to_prove(self, names: Sequence[str]) -> list[str]:
+        """The wanted hooks, and the residual after every block that runs for them."""
+        stop = stop_layer(names)
+        blocks = range(self._facts.n_layers if stop is None else stop)
+        residuals = [f"blocks.{block}.hook_resid_post" for block in blocks]
+        return list(dict.fromkeys([*names, *(name for name in residuals if name in self._facts.hook_names)]))
+
+
+def shortcuts(plan: Plan, critical_lengths: Sequence[int]) -> dict[Regime, int]:
+    """The kinds of shortcut that a plan takes, each with the pass that goes furthest in it."""
+    furthest: dict[Regime, tuple[tuple[int, int], int]] = {}
     for index, each in enumerate(plan.passes):
-        context = plan.passes[each.context].width if each.context is not None else 0
-        if not context and not each.packed and len(each.rows) == 1:
+        if each.context is None and not each.packed:
             continue
-        for row_index, row in enumerate(each.rows):
-            segment = row.segments[-1]
-            exposure = (context, len(row), segment.stop)
-            if (context or each.packed) and (best is None or exposure > best[0]):
-                best = (exposure, (index, row_index, segment))
-    return best[1] if best else None
+        context = 0 if each.context is None else plan.passes[each.context].width
+        text = max(segment.stop for row in each.rows for segment in row.segments)
+        regime = Regime(
+            continues=each.context is not None,
+            masked=needs_mask(plan, each),
+            several=len(each.rows) > 1,
+            lengths=_sides(critical_lengths, context, text, context + each.width),
+        )
+        rank = (len(each.rows), text)
+        if regime not in furthest or rank > furthest[regime][0]:
+            furthest[regime] = (rank, index)
+    return {
+        regime: index
+        for regime, (_, index) in furthest.items()
+        if regime.several or regime._replace(several=True) not in furthest
+    }
+
+
+def _sides(critical_lengths: Sequence[int], *lengths: int) -> tuple[int, ...]:
+    return tuple((length > limit) - (length < limit) for limit in critical_lengths for length in lengths)
 
 
 def next_best(sharing: Sharing) -> Sharing:
     """What to fall back to."""
     return Sharing.CACHED if sharing is Sharing.PACKED else Sharing.NONE
+
+
+def prove(
+    runner: Runner, plan: Plan, index: int, names: Sequence[str], dtype: str, critical_lengths: Sequence[int] = ()
+) -> Verdict:
+    """Compares one pass of a plan with the plain path, on the text in it that is most exposed to its company."""
+    each = plan.passes[index]
+    hooks = frozenset(names)
+    try:
+        before, fast = _run(runner, plan, each, names)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
+        return Verdict(False, f"it raised {type(error).__name__}: {error}", hooks)
+    worst = 0.0
+    for witness in _witnesses(each, critical_lengths):
+        whole = Pass((Row((Segment((witness.member,), 0, witness.stop),)),))
+        plain, _ = runner.run(plan, whole, names, None, 0)
+        for name in names:
+            if name not in plain:
+                raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
+            expected = plain[name][0].detach().cpu().double()
+            size = expected.norm(dim=-1)
+            # A position that is all but zero is measured against the others, which it is added to or averaged with.
+            scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
+            for segment, got in _pieces(plan, each, witness, before, fast, name):
+                part = slice(segment.start, segment.stop)
+                errors = (got - expected[part]).norm(dim=-1) / scale[part]
+                difference = float(errors.max() if dtype in _EXACT_DTYPES else errors.mean())
+                if not difference < float("inf"):
+                    return Verdict(False, f"NaN or infinity at {name}", hooks, lasting=False)
+                worst = max(worst, difference)
+    tolerance = TOLERANCE.get(dtype, TOLERANCE["float32"])
+    return Verdict(worst <= tolerance, f"relative difference {worst:.1e}, allowed {tolerance:.0e}", hooks)
+
+
+def _run(
+    runner: Runner, plan: Plan, each: Pass, names: Sequence[str]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Captures of the pass that is continued, if any, and of the pass itself."""
+    if each.context is None:
+        return {}, runner.run(plan, each, names, None, 0)[0]
+    prefix = plan.passes[each.context]
+    before, context = runner.run(plan, prefix, names, None, 0)
+    # Whatever continues a prefix must leave it as it was for the next pass: recurrent state is written in place.
+    first = each.rows[0].segments[0]
+    token = Pass((Row((replace(first, stop=first.start + 1),)),), context=each.context)
+    runner.run(plan, token, names, context, prefix.width)
+    return before, runner.run(plan, each, names, context, prefix.width)[0]
+
+
+def _witnesses(each: Pass, critical_lengths: Sequence[int]) -> list[_Witness]:
+    """The longest text with others before it in its row, or else in its pass; the longest of all if that may differ."""
+    ranked: list[tuple[tuple[bool, bool, int], _Witness]] = []
+    for row_index, row in enumerate(each.rows):
+        for place, segment in enumerate(row.segments):
+            member = segment.members[0]
+            crowded = any(member not in above.members for above in row.segments[:place])
+            ranked.append(((crowded, row_index > 0, segment.stop), _Witness(row_index, member, segment.stop)))
+    exposed = max(ranked)[1]
+    longest = max((witness for _, witness in ranked), key=lambda witness: witness.stop)
+    alike = _sides(critical_lengths, exposed.stop) == _sides(critical_lengths, longest.stop)
+    return [exposed] if alike else [exposed, longest]
+
+
+def _pieces(
+    plan: Plan, each: Pass, witness: _Witness, before: Mapping[str, Tensor], fast: Mapping[str, Tensor], name: str
+) -> list[tuple[Segment, Tensor]]:
+    """The segments of a text, each with what was captured for it."""
+    pieces = []
+    if each.context is not None:
+        (segment,) = plan.passes[each.context].rows[0].segments
+        pieces.append((segment, before[name][0]))
+    offset = 0
+    for segment in each.rows[witness.row].segments:
+        if witness.member in segment.members and segment.stop <= witness.stop:
+            pieces.append((segment, fast[name][witness.row, offset : offset + len(segment)]))
+        offset += len(segment)
+    return [(segment, got.detach().cpu().double()) for segment, got in pieces]

@@ -1,0 +1,71 @@
+"""Steering vectors of every layer beside rotalabs-steer, steering-vectors and repeng, on SmolLM2 in float32.
+
+Sixteen refusal pairs, rendered once by the chat template and given to everybody as raw text with the last token read.
+The two that take mean differences must agree with ours; repeng takes a principal component, so only its time is told.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import relative_error
+from peer import Worker
+
+from tl_persona import extract_caa_vectors, load_model, load_pairs
+
+N_PAIRS = 16
+ROUNDS = 3
+ROTALABS_LAYERS = 30 if os.environ.get("TL_PERSONA_BENCH_FULL") else 2
+"""rotalabs-steer runs every text again for every layer, so its time for these is scaled up to all."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model("smollm2")
+
+
+def test_all_layers_of_a_steering_vector(model: Any, tmp_path: Path, benchmark: Any) -> None:
+    render = model.tokenizer.apply_chat_template
+    pairs = [
+        {side: render(list(getattr(pair, side)), tokenize=False) for side in ("positive", "negative")}
+        for pair in list(load_pairs("refusal"))[:N_PAIRS]
+    ]
+    own: list[float] = []
+
+    def ours() -> Any:
+        start = time.perf_counter()
+        found = extract_caa_vectors(model, None, pairs, show_progress=False)
+        own.append(time.perf_counter() - start)
+        return found
+
+    vectors = torch.stack([vector.vector for vector in ours()])
+    own.clear()
+    times: dict[str, list[float]] = {}
+    output = str(tmp_path / "directions.pt")
+    contenders: dict[str, dict[str, Any]] = {
+        "rotalabs-steer": {"peer": "rotalabs", "layers": list(range(ROTALABS_LAYERS))},
+        "steering-vectors, batch 1": {"peer": "steering_vectors", "batch_size": 1},
+        "steering-vectors, batch 4": {"peer": "steering_vectors", "batch_size": 4},
+        "steering-vectors, batch 16": {"peer": "steering_vectors", "batch_size": 16},
+        "repeng (with its PCA)": {"peer": "repeng"},
+    }
+    with Worker("caa_worker.py", needs="rotalabs_steer") as worker:
+
+        def run_the_others() -> None:
+            for name, request in contenders.items():
+                seconds = worker.ask(pairs=pairs, output=output, **request)["seconds"]
+                if name == "rotalabs-steer":
+                    seconds *= 30 / ROTALABS_LAYERS
+                times.setdefault(name, []).append(seconds)
+                if name != "repeng (with its PCA)":
+                    theirs = torch.load(output, weights_only=True)
+                    assert relative_error(vectors[: len(theirs)], theirs) < 1e-4, name
+
+        benchmark.pedantic(ours, setup=run_the_others, rounds=ROUNDS)
+    print(f"\n{N_PAIRS} pairs, {len(vectors)} layers: ours {min(own):.2f} s, statistics included")
+    for name, seconds in times.items():
+        print(f"  {name:27} {min(seconds):7.2f} s   x {min(seconds) / min(own):.1f}")
+        benchmark.extra_info[name] = min(seconds) / min(own)

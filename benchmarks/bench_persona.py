@@ -1,0 +1,101 @@
+"""Persona extraction beside what a user would run instead, on SmolLM2 in float32, all layers.
+
+Compared with persona-vectors (a trace a sample) and with one `run_with_cache` a sample on our own model. Everything is
+first compared with the naive oracle. `TL_PERSONA_BENCH_QUESTIONS=200` asks for the long run.
+"""
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import mean_activations, relative_error
+from peer import Worker
+from persona_samples import PersonaInputs, long_persona_inputs
+
+from tl_persona import extract_activations, load_model
+from tl_persona.checkpoints import find_checkpoint, load_hf_model
+from tl_persona.loading import ModelKind
+
+QUESTIONS = int(os.environ.get("TL_PERSONA_BENCH_QUESTIONS", "24"))
+ROUNDS = 3
+IS_3 = importlib.metadata.version("transformer-lens").startswith("3.")
+KINDS: list[ModelKind] = ["hooked", "bridge"] if IS_3 else ["bridge"]
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def one_run_with_cache_a_sample(model: Any, inputs: PersonaInputs) -> torch.Tensor:
+    """What a careful user writes by hand: names filter, no logits to speak of, means over the mask."""
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    extra = {"output_attentions": False, "logits_to_keep": 1} if hasattr(model, "original_model") else {}
+    means = []
+    with torch.no_grad():
+        for ids, mask in zip(inputs.ids, inputs.masks, strict=True):
+            _, cache = model.run_with_cache(
+                ids[None], names_filter=names, stop_at_layer=model.cfg.n_layers, return_type=None, **extra
+            )
+            means.append(torch.stack([cache[name][0, mask].mean(dim=0) for name in names]))
+    return torch.stack(means).mean(dim=0)
+
+
+def matmul_flops() -> float:
+    """The machine's speed at the largest product of the model, in operations a second."""
+    left, right = torch.randn(512, 576), torch.randn(1536, 576)
+    for _ in range(20):
+        left @ right.T
+    seconds = min(timed(lambda: [left @ right.T for _ in range(20)]) for _ in range(5)) / 20
+    return 2 * 512 * 576 * 1536 / seconds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_persona_extraction(kind: ModelKind, tmp_path: Path, benchmark: Any) -> None:
+    model = load_model("smollm2", kind)
+    inputs = long_persona_inputs(model.tokenizer, QUESTIONS)
+    oracle = mean_activations(
+        load_hf_model(find_checkpoint("smollm2"), dtype=torch.float32), zip(inputs.ids, inputs.masks, strict=True)
+    )
+    ours = extract_activations(model, inputs.ids, inputs.masks)
+    assert relative_error(ours, oracle) < 1e-5
+
+    by_hand: list[float] = []
+    peer: list[float] = []
+    own: list[float] = []
+    with Worker("persona_vectors_worker.py", needs="persona_vectors") as worker:
+        torch.save({"ids": inputs.ids, "masks": inputs.masks}, tmp_path / "inputs.pt")
+        request = {"inputs": str(tmp_path / "inputs.pt"), "output": str(tmp_path / "output.pt")}
+
+        def run_the_others() -> None:
+            by_hand.append(timed(lambda: one_run_with_cache_a_sample(model, inputs)) if QUESTIONS <= 50 else 0.0)
+            peer.append(worker.ask(**request)["seconds"])
+
+        def run_ours() -> None:
+            own.append(timed(lambda: extract_activations(model, inputs.ids, inputs.masks)))
+
+        benchmark.pedantic(run_ours, setup=run_the_others, rounds=ROUNDS if QUESTIONS <= 50 else 1)
+        assert relative_error(torch.load(tmp_path / "output.pt", weights_only=True), oracle) < 1e-5
+
+    floor = inputs.tokens_distinct * 2 * _block_weights(model) / matmul_flops()
+    print(
+        f"\n{kind}, {QUESTIONS} questions, {inputs.tokens:,} tokens of which {inputs.tokens_distinct:,} distinct:"
+        f"\n  ours                        {min(own):7.2f} s   ({floor / min(own):.0%} of the matmul speed)"
+        f"\n  one run_with_cache a sample {min(by_hand):7.2f} s   x {min(by_hand) / min(own):.1f}"
+        f"\n  persona-vectors             {min(peer):7.2f} s   x {min(peer) / min(own):.1f}"
+    )
+    benchmark.extra_info.update(by_hand=min(by_hand) / min(own), persona_vectors=min(peer) / min(own))
+
+
+def _block_weights(model: Any) -> int:
+    """Weights of the blocks' matrices, each of which multiplies every token once."""
+    cfg = model.cfg
+    n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    attention = cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * n_kv)
+    return int(cfg.n_layers * (attention + 3 * cfg.d_model * cfg.d_mlp))

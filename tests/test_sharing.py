@@ -1,0 +1,567 @@
+"""Shared prefixes and packed rows change no number, on any family; where they would, the plain path is taken.
+
+The limits of the planner are set to a few tokens here, so that tiny texts take every path that long prompts take.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import block_outputs, relative_error
+from tiny import D_MODEL, FAMILIES, N_LAYERS, VOCAB_SIZE, WINDOW
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tl_persona import load_model
+from tl_persona import plan as plan_module
+from tl_persona.backends import local as local_backend
+from tl_persona.backends import open_backend
+from tl_persona.backends.local import passes, proof
+from tl_persona.backends.local.pooling import PoolingRun
+from tl_persona.errors import HookError, NonFiniteError
+from tl_persona.plan import Pass, Plan, Sample, Sharing, make_plan
+
+pytestmark = pytest.mark.tl
+
+Boot = Callable[[str, str], Any]
+HOOKED = pytest.param("hooked", marks=pytest.mark.hooked)
+BOTH_KINDS = pytest.mark.parametrize("kind", ["bridge", HOOKED])
+HOOKED_FAMILIES = ("bloom", "gemma", "gpt2", "llama", "mistral", "mixtral", "qwen3")
+EVERY_MODEL = pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, "bridge") for family in sorted(FAMILIES)),
+        *(pytest.param(family, "hooked", marks=pytest.mark.hooked) for family in HOOKED_FAMILIES),
+    ],
+)
+ALL_LAYERS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefixes of a few tokens are worth a pass, and rows hold a few texts."""
+    monkeypatch.setattr(plan_module, "MIN_SHARED", 4)
+    monkeypatch.setattr(plan_module, "WORTH_CACHING", 8)
+    monkeypatch.setattr(plan_module, "PACKED_ROW_TOKENS", 40)
+    monkeypatch.setattr(plan_module, "CACHED_ROWS", 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The plain Hugging Face model of a family, loaded at first use."""
+    loaded: dict[str, Any] = {}
+
+    def model_of(family: str) -> Any:
+        if family not in loaded:
+            loaded[family] = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32).eval()
+        return loaded[family]
+
+    return model_of
+
+
+def text(length: int, seed: int) -> Tensor:
+    return torch.randint(10, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def samples_of(*texts: Sequence[Tensor], prefix: int) -> list[Sample]:
+    """Texts with masks over everything, the prefix, some of it, what straddles its end, and the last token."""
+    samples = []
+    for index, parts in enumerate(texts):
+        ids = torch.cat(list(parts))
+        masks = torch.zeros(5, len(ids), dtype=torch.bool)
+        masks[0] = True
+        masks[1, :prefix] = True
+        masks[2, prefix // 2 : prefix // 2 + 2] = True
+        masks[3, prefix - 2 : prefix + 3] = True
+        masks[4, -1] = True
+        samples.append(Sample(f"s{index}", ids, masks))
+    return samples
+
+
+def persona(prefix: int = 24) -> list[Sample]:
+    """One long beginning: continued at various lengths, by itself, twice alike, and with a second one nested in it."""
+    beginning, nested = text(prefix, 1), text(9, 2)
+    alone = [(beginning, text(length, 10 + length)) for length in (12, 1, 27, 7)]
+    below = [(beginning, nested, text(length, 40 + length)) for length in (5, 11, 2)]
+    return samples_of(*alone, (beginning,), *below, (beginning, text(7, 17)), (beginning, nested), prefix=prefix)
+
+
+def pairs() -> list[Sample]:
+    """Pairs with a short question of their own each: they lie side by side, in rows of different lengths."""
+    texts = []
+    for index, (question, positive, negative) in enumerate([(6, 3, 5), (9, 1, 2), (5, 8, 8), (12, 4, 0), (7, 2, 6)]):
+        shared = text(question, 100 + index)
+        texts += [(shared, text(positive, 200 + index)), (shared, text(negative, 300 + index))]
+    return samples_of(*texts, prefix=5)
+
+
+LAYOUTS = {
+    "persona": persona,
+    "short persona": lambda: persona(10),
+    "persona and pairs": lambda: [*persona(70), *pairs()],
+    "pairs": pairs,
+}
+
+
+def pool(
+    model: Any, samples: Sequence[Sample], hooks: Sequence[str] = tuple(ALL_LAYERS), **limits: Any
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """The pooled means of every sample, in the order of the samples, and the notes on how they came about."""
+    backend = open_backend(model)
+    pooled = dict(backend.pool(backend.plan(samples, **limits), hooks))
+    return [pooled[index] for index in range(len(samples))], backend.notes
+
+
+def plain(model: Any, samples: Sequence[Sample], hooks: Sequence[str] = tuple(ALL_LAYERS)) -> list[Tensor]:
+    """The same, each sample whole and by itself."""
+    pooled = dict(open_backend(model).pool(make_plan(samples, batch_tokens=1), hooks))
+    return [pooled[index] for index in range(len(samples))]
+
+
+def assert_exact(model: Any, hf_model: Any, samples: Sequence[Sample], **limits: Any) -> dict[str, Any]:
+    """Compares every mean with the oracle, and gives the notes."""
+    means, notes = pool(model, samples, **limits)
+    for sample, got in zip(samples, means, strict=True):
+        outputs = block_outputs(hf_model, sample.input_ids)
+        expected = torch.stack([outputs[:, mask].mean(dim=1) for mask in sample.masks])
+        assert relative_error(got, expected) < 1e-5
+    return notes
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shared_and_packed_means_equal_the_oracle(
+    layout: str, family: str, kind: str, tiny_hooked: Boot, tiny_hf: Callable[[str], Any]
+) -> None:
+    notes = assert_exact(tiny_hooked(family, kind), tiny_hf(family), LAYOUTS[layout]())
+    assert notes["sharing"] != "none"  # none of these families needs every token of every text run
+
+
+@EVERY_MODEL
+def test_every_kind_of_hook_equals_the_plain_path(family: str, kind: str, tiny_hooked: Boot) -> None:
+    model = tiny_hooked(family, kind)
+    inner = ("resid_pre", "resid_mid", "attn_out", "mlp_out")
+    hooks = [name for kind_of in inner if (name := f"blocks.1.hook_{kind_of}") in model.hook_dict]
+    assert len(hooks) >= 3
+    samples = [*persona(), *pairs()]
+    for got, expected in zip(pool(model, samples, hooks)[0], plain(model, samples, hooks), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("budget", [1, 20, 90, 1000])
+@pytest.mark.parametrize("max_rows", [1, 2, None])
+def test_no_limit_changes_a_number(
+    budget: int, max_rows: int | None, kind: str, tiny_hooked: Boot, tiny_hf: Callable[[str], Any]
+) -> None:
+    samples = [*persona(), *pairs()]
+    assert_exact(tiny_hooked("llama", kind), tiny_hf("llama"), samples, batch_tokens=budget, max_rows=max_rows)
+
+
+FAMILY_TREE = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=8)
+
+
+@BOTH_KINDS
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=FAMILY_TREE, budget=st.integers(1, 200), random=st.randoms())
+def test_neither_company_nor_order_moves_a_mean_beyond_rounding(
+    kind: str, tiny_hooked: Boot, tree: list[tuple[int, int, int]], budget: int, random: Any
+) -> None:
+    model = tiny_hooked("llama", kind)
+    # Which beginning (of 9 to 25 tokens), which middle, and how much of an ending.
+    texts = [(text(9 + 8 * one, one), text(5 * two, 20 + two), text(ending, 50 + ending)) for one, two, ending in tree]
+    samples = samples_of(*texts, prefix=6)
+    random.shuffle(samples)
+    for got, alone in zip(pool(model, samples, batch_tokens=budget)[0], plain(model, samples), strict=True):
+        assert relative_error(got, alone) < 5e-6
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_shares_within_its_own_rounding_and_is_pooled_in_more(
+    dtype: str, kind: str, tiny_model: Callable[[str], Path]
+) -> None:
+    model = load_model(tiny_model("llama"), kind=kind, dtype=dtype)
+    samples = [*persona(), *pairs()]
+    means, notes = pool(model, samples)
+    assert notes["sharing"] != "none" and "fallbacks" not in notes
+    for got, expected in zip(means, plain(model, samples), strict=True):
+        assert got.dtype in (torch.float32, torch.float64)
+        # A few roundings of 8 (bfloat16) or 11 bits (float16) a block; a mean of several tokens has less.
+        assert relative_error(got, expected) < {"bfloat16": 5e-2, "float16": 2e-2}[dtype]
+    whole = torch.stack([got[0] for got in means])
+    assert not torch.equal(whole, whole.to(getattr(torch, dtype)).to(whole.dtype))
+
+
+# --- which path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "mixtral", "qwen3"])
+def test_full_attention_is_packed_on_a_bridge(family: str, tiny_hooked: Boot) -> None:
+    _, notes = pool(tiny_hooked(family, "bridge"), persona())
+    assert notes["sharing"] == "packed" and "fallbacks" not in notes
+
+
+@pytest.mark.parametrize(("family", "why"), [("mistral", "relative"), ("gemma3", "relative"), ("bloom", None)])
+def test_windows_and_alibi_continue_a_prefix_but_are_not_packed(
+    family: str, why: str | None, tiny_hooked: Boot
+) -> None:
+    _, notes = pool(tiny_hooked(family, "bridge"), persona(WINDOW + 8))
+    assert notes["sharing"] == "cached"  # bloom takes no positions, so its texts are never laid side by side
+    assert [reason.split()[:2] for reason in notes.get("fallbacks", [])] == ([["packed:", why]] if why else [])
+
+
+@pytest.mark.hooked
+@pytest.mark.parametrize("family", HOOKED_FAMILIES)
+def test_a_hooked_transformer_continues_its_cache(family: str, tiny_hooked: Boot) -> None:
+    _, notes = pool(tiny_hooked(family, "hooked"), persona())
+    assert notes["sharing"] == "cached" and "fallbacks" not in notes
+
+
+@EVERY_MODEL
+def test_what_runs_is_what_was_planned(
+    family: str, kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_hooked(family, kind)
+    samples = [*persona(), *pairs()]
+    _, notes = pool(model, samples)  # the first run also proves
+    ran = spy_on_tokens(model, monkeypatch)
+    backend = open_backend(model)
+    plan = backend.plan(samples).with_sharing(Sharing(notes["sharing"]))
+    list(backend.pool(plan, ALL_LAYERS))
+    assert sum(ran) == plan.tokens_run < plan.tokens
+    assert len(ran) == len(plan.passes)
+
+
+def spy_on_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    run, ran = model.run_with_cache, []
+
+    def spy(tokens: Tensor, **arguments: Any) -> Any:
+        ran.append(tokens.numel())
+        return run(tokens, **arguments)
+
+    monkeypatch.setattr(model, "run_with_cache", spy)
+    return ran
+
+
+@BOTH_KINDS
+def test_nothing_to_share_is_neither_proven_nor_noted_as_shared(
+    kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_hooked("llama", kind)
+    pool(model, persona())
+    ran = spy_on_tokens(model, monkeypatch)
+    _, notes = pool(model, samples_of((text(12, 1),), (text(9, 2),), prefix=4))
+    assert sum(ran) == 2 * 12
+    assert notes["sharing"] == "none" and "proof" not in notes
+
+
+# --- the proof -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The hooks of every proof that is made."""
+    prove, made = proof.prove, []
+
+    def counted(runner: Any, plan: Plan, index: int, names: list[str], *rest: Any) -> proof.Verdict:
+        made.append(names)
+        return prove(runner, plan, index, names, *rest)
+
+    monkeypatch.setattr(proof, "prove", counted)
+    return made
+
+
+@BOTH_KINDS
+def test_a_proof_is_made_once_a_model_and_covers_no_deeper_layer_than_it_saw(
+    kind: str, tiny_model: Callable[[str], Path], proofs: list[list[str]]
+) -> None:
+    model = load_model(tiny_model("llama"), kind=kind)
+    samples = persona()
+    for hooks, expected in [
+        (ALL_LAYERS[:2], 1),
+        (ALL_LAYERS[1:2], 1),
+        (ALL_LAYERS[:1], 1),
+        (ALL_LAYERS, 2),
+        (["blocks.0.hook_attn_out"], 3),
+        (["blocks.0.hook_attn_out", ALL_LAYERS[2]], 3),
+    ]:
+        pool(model, samples, hooks)
+        assert len(proofs) == expected, hooks
+    assert proofs[0] == ALL_LAYERS[:2] and proofs[1] == ALL_LAYERS
+
+
+def test_what_holds_within_a_window_is_proven_again_beyond_it(
+    tiny_model: Callable[[str], Path], tiny_hf: Callable[[str], Any]
+) -> None:
+    model = load_model(tiny_model("mistral"), kind="bridge")
+    beginning = text(8, 1)
+    within = samples_of(*((beginning, text(length, length)) for length in (7, 5, 8, 6, 4, 3)), prefix=6)
+    beyond = samples_of(*((beginning, text(length, length)) for length in (15, 5, 9, 18, 4, 3)), prefix=6)
+    assert max(len(sample.input_ids) for sample in within) == WINDOW < max(len(sample.input_ids) for sample in beyond)
+    assert assert_exact(model, tiny_hf("mistral"), within)["sharing"] == "packed"
+    notes = assert_exact(model, tiny_hf("mistral"), beyond)
+    assert notes["sharing"] == "cached" and len(notes["fallbacks"]) == 1
+    assert assert_exact(model, tiny_hf("mistral"), within)["sharing"] == "packed"
+
+
+def test_a_fallback_is_logged_once_and_noted_every_time(
+    tiny_model: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(tiny_model("mistral"), kind="bridge")
+    with caplog.at_level(logging.WARNING, logger="tl_persona"):
+        notes = [pool(model, persona(WINDOW + 8))[1] for _ in range(3)]
+    (record,) = [record for record in caplog.records if record.name == "tl_persona"]
+    assert "packed" in record.getMessage() and "cached" in record.getMessage()
+    assert all(len(note["fallbacks"]) == 1 for note in notes)
+
+
+class Double:
+    """A runner that breaks what `spoil` says, in passes that continue a prefix or hold several texts."""
+
+    def __init__(self, runner: Any, sharing: Sharing, spoil: Callable[..., Any]) -> None:
+        self.sharing = sharing
+        self._runner, self._spoil = runner, spoil
+
+    def run(self, plan: Plan, each: Pass, names: Sequence[str], context: Any, length: int) -> Any:
+        if each.context is None and not each.packed:
+            return self._runner.run(plan, each, names, context, length)
+        return self._spoil(self._runner, plan, each, names, context, length)
+
+
+def forget_context(runner: Any, plan: Plan, each: Pass, names: Any, context: Any, length: int) -> Any:
+    return runner.run(plan.with_sharing(Sharing.CACHED), replace(each, context=None), names, None, 0)
+
+
+def spoil_the_last_hook(value: float) -> Callable[..., Any]:
+    def spoil(runner: Any, plan: Plan, each: Pass, names: Any, context: Any, length: int) -> Any:
+        captured, kept = runner.run(plan, each, names, context, length)
+        last = captured[ALL_LAYERS[-1]].clone()
+        last[..., 0] += value
+        return {**captured, ALL_LAYERS[-1]: last}, kept
+
+    return spoil
+
+
+def refuse(*_: Any) -> Any:
+    raise NotImplementedError("no cache in this model")
+
+
+BROKEN = {
+    "context ignored": forget_context,
+    "one number off": spoil_the_last_hook(1e-3),
+    "NaN in the last hook": spoil_the_last_hook(float("nan")),
+    "infinity in the last hook": spoil_the_last_hook(float("inf")),
+    "refused": refuse,
+}
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_shortcut_is_caught_and_not_taken(
+    broken: str,
+    kind: str,
+    tiny_model: Callable[[str], Path],
+    tiny_hf: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_model(tiny_model("llama"), kind=kind)
+    double = Double(passes.runner_for(model), Sharing.CACHED, BROKEN[broken])
+    monkeypatch.setattr(local_backend, "runner_for", lambda _: double)
+    notes = assert_exact(model, tiny_hf("llama"), persona())
+    assert notes["sharing"] == "none" and len(notes["fallbacks"]) == 1
+
+
+def see_everything(each: Pass, context_length: int) -> Tensor:
+    causal = torch.ones(each.width, context_length + each.width, dtype=torch.bool).tril(context_length)
+    return causal.expand(len(each.rows), -1, -1).clone()
+
+
+def count_along_the_row(each: Pass) -> Tensor:
+    return each.rows[0].segments[0].start + torch.arange(each.width).expand(len(each.rows), -1)
+
+
+@pytest.mark.parametrize("layout", ["persona", "pairs"])
+@pytest.mark.parametrize(
+    ("part", "wrong"), [("pass_visibility", see_everything), ("pass_positions", count_along_the_row)]
+)
+def test_texts_that_see_each_other_or_lose_their_place_are_not_packed(
+    part: str,
+    wrong: Callable[..., Tensor],
+    layout: str,
+    tiny_model: Callable[[str], Path],
+    tiny_hf: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, part, wrong)
+    notes = assert_exact(load_model(tiny_model("llama"), kind="bridge"), tiny_hf("llama"), LAYOUTS[layout]())
+    assert notes["sharing"] != "packed" and notes["fallbacks"][0].startswith("packed: relative difference")
+
+
+@pytest.mark.parametrize("sharing", [Sharing.CACHED, Sharing.PACKED])
+def test_a_prefix_that_is_written_to_by_what_continues_it_is_not_shared(
+    sharing: Sharing, tiny_model: Callable[[str], Path], tiny_hf: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_model("llama"), kind="bridge")
+    runner: Any = passes.runner_for(model)
+    runner.sharing = sharing
+    monkeypatch.setattr(local_backend, "runner_for", lambda _: runner)
+    monkeypatch.setattr(plan_module, "CACHED_ROWS", 1)
+    monkeypatch.setattr(passes, "_continued", lambda cache, n_rows: cache)  # as recurrent state is kept
+    notes = assert_exact(model, tiny_hf("llama"), persona())
+    assert notes["sharing"] == "none"
+
+
+def test_running_out_of_memory_is_not_taken_for_a_verdict(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_model("llama"), kind="bridge")
+
+    def exhausted(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        runner = passes.runner_for(model)
+        patch.setattr(local_backend, "runner_for", lambda _: Double(runner, Sharing.PACKED, exhausted))
+        with pytest.raises(torch.OutOfMemoryError):
+            pool(model, persona())
+    assert pool(model, persona())[1]["sharing"] == "packed"
+
+
+@BOTH_KINDS
+def test_a_spoiled_sample_is_named_and_does_not_condemn_the_model(kind: str, tiny_model: Callable[[str], Path]) -> None:
+    model = load_model(tiny_model("llama"), kind=kind)
+    with torch.no_grad():
+        embedding = next(tensor for tensor in model.parameters() if tensor.shape == (VOCAB_SIZE, D_MODEL))
+        embedding[3] = float("nan")  # no other text has token 3
+    clean = persona()
+    ids = torch.cat([clean[2].input_ids[:24], torch.tensor([3]), clean[2].input_ids[25:]])
+    spoiled = Sample("spoiled", ids, clean[2].masks)
+    with pytest.raises(NonFiniteError, match="'spoiled'"):
+        pool(model, [*clean[:2], spoiled, *clean[3:]])
+    _, notes = pool(model, clean)
+    assert notes["sharing"] == ("packed" if kind == "bridge" else "cached") and "fallbacks" not in notes
+
+
+@BOTH_KINDS
+def test_a_hook_that_never_fires_is_refused_by_name(kind: str, tiny_hooked: Boot) -> None:
+    with pytest.raises(HookError, match=r"'blocks\.7\.hook_resid_mid' did not fire"):
+        pool(tiny_hooked("llama", kind), persona(), ["blocks.7.hook_resid_mid"])
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Weak references to what `run_with_cache` captured and to the keys it kept, by pass."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured: list[weakref.ref[Tensor]] = []
+        self.keys: list[weakref.ref[Tensor]] = []
+        self.peak_bytes = 0
+        self.left_over: list[int] = []
+        run = model.run_with_cache
+
+        def spy(tokens: Tensor, **arguments: Any) -> tuple[Any, Mapping[str, Tensor]]:
+            self.left_over.append(self.alive_bytes())
+            output, cache = run(tokens, **arguments)
+            self.captured += [weakref.ref(tensor) for tensor in cache.values()]
+            past = arguments.get("past_key_values") or arguments.get("past_kv_cache")
+            if past is not None:
+                self.keys.append(weakref.ref(past))
+            self.peak_bytes = max(self.peak_bytes, self.alive_bytes())
+            return output, cache
+
+        monkeypatch.setattr(model, "run_with_cache", spy)
+
+    def alive_bytes(self) -> int:
+        storages = {}
+        for reference in self.captured:
+            tensor = reference()
+            if tensor is not None:  # a bridge captures a tensor under two names
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    def keys_alive(self) -> int:
+        return sum(reference() is not None for reference in self.keys)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captures_die_with_their_pass_and_never_exceed_the_prediction(
+    layout: str, kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_hooked("llama", kind)
+    samples = LAYOUTS[layout]()
+    pool(model, samples, batch_tokens=50)  # the proof, which compares two captures, is over
+    watch = Watch(model, monkeypatch)
+    backend = open_backend(model)
+    plan = backend.plan(samples, batch_tokens=50)
+    list(backend.pool(plan, ALL_LAYERS))
+    assert len(watch.left_over) == len(plan.passes) > 1
+    assert not any(watch.left_over)
+    assert 0 < watch.peak_bytes <= plan.peak_bytes(len(ALL_LAYERS), D_MODEL)
+
+
+@BOTH_KINDS
+def test_a_prefix_is_let_go_before_the_next_one_runs(
+    kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_hooked("llama", kind)
+    beginnings = [text(length, length) for length in (50, 60, 70)]
+    samples = samples_of(*((one, text(length, length)) for one in beginnings for length in (3, 7, 30, 25)), prefix=5)
+    pool(model, samples)
+    watch = Watch(model, monkeypatch)
+    backend = open_backend(model)
+    plan = backend.plan(samples)
+    alive_at_start: list[int] = []
+    run = model.run_with_cache
+
+    def count(*args: Any, **arguments: Any) -> Any:
+        alive_at_start.append(watch.keys_alive())
+        return run(*args, **arguments)
+
+    monkeypatch.setattr(model, "run_with_cache", count)
+    list(backend.pool(plan, ALL_LAYERS))
+    starts = [alive for each, alive in zip(plan.passes, alive_at_start, strict=True) if each.kept]
+    assert len(starts) == 3 and not any(starts)  # at the start of a prefix, no other is left
+    assert watch.keys_alive() == 0
+
+
+@BOTH_KINDS
+def test_what_waits_for_its_samples_does_not_grow_with_their_number(
+    kind: str, tiny_hooked: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_hooked("llama", kind)
+    runs: list[Any] = []
+
+    class Observed(PoolingRun):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            runs.append(self)
+
+    monkeypatch.setattr(local_backend, "PoolingRun", Observed)
+
+    def most_waiting(n_samples: int) -> int:
+        """Bytes of sums held between passes, where every sample masks the prompt that all share."""
+        texts = ((text(60, 1), torch.tensor([20 + index]), text(4, index)) for index in range(n_samples))
+        backend = open_backend(model)
+        plan = backend.plan(samples_of(*texts, prefix=40))
+        return max(bytes_waiting(runs[-1]) for _ in backend.pool(plan, ALL_LAYERS))
+
+    assert 0 < most_waiting(40) <= most_waiting(10)
+
+
+def bytes_waiting(run: Any) -> int:
+    tensors = {id(sums): sums for parts in run._earlier.values() for _, sums, _ in parts}
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,100 @@
+"""How the command line shows steering vectors: one of them, or a set by layer."""
+
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tl_persona.vector_files import holds_vector
+from tl_persona.vectors import SteeringVector, SteeringVectorSet
+
+
+def is_steering(path: Path) -> bool:
+    """Whether a steering vector, or a set of them, is to be shown."""
+    return path.is_dir() or holds_vector(path)
+
+
+def show(path: Path, console: Console) -> None:
+    """Prints what a saved vector or a folder with a set says of itself.
+
+    Raises:
+        NotStoredError: The folder holds no set of steering vectors.
+        StoreError: A file cannot be read or trusted.
+    """
+    if not path.is_dir():
+        console.print(_facts(SteeringVector.load(path)))
+        return
+    vectors = SteeringVectorSet.load(path)
+    console.print(layer_table(vectors))
+    if len(vectors):
+        console.print(best_line(vectors))
+        console.print(_provenance(Table.grid(padding=(0, 2)), next(iter(vectors))))
+
+
+def layer_table(vectors: SteeringVectorSet) -> Table:
+    """What is known of each layer, best seen side by side."""
+    table = Table(title=f"steering vectors for {vectors.behavior}", title_justify="left", box=None)
+    for heading in ("layer", "norm", "split half", "agreement"):
+        table.add_column(heading, justify="right")
+    rows = vectors.summary().rows
+    # Without the notes, which most sets have none of, the table fits 80 columns.
+    for heading in ("AUC [95 %]", "d' [95 %]", *(["note"] if any(row["note"] for row in rows) else [])):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['norm']:.4g}",
+            *(_number(row[name]) for name in ("split_half", "agreement")),
+            *(_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("auc", "d_prime")),
+            *([row["note"]] if row["note"] else []),
+        )
+    return table
+
+
+def best_line(vectors: SteeringVectorSet) -> str:
+    """The layer that `get_best` chooses, and by what."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        best = vectors.get_best()
+    why = "by norm, which says little: too few pairs for a held-out separation" if caught else "by held-out separation"
+    return f"best layer: {best.layer_index} ({best.hook_name}, norm {best.norm:.4g}), {why}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    ends = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{_number(value)}{ends}"
+
+
+def _facts(vector: SteeringVector) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("behavior", vector.behavior)
+    table.add_row("hook", f"{vector.hook_name} (layer {vector.layer_index})")
+    table.add_row("model", vector.model_name)
+    table.add_row("method", vector.extraction_method)
+    table.add_row("vector", f"{vector.dim} d_model, {str(vector.vector.dtype).removeprefix('torch.')}")
+    table.add_row("norm", f"{vector.norm:.4g}")
+    found = dict(vector.metadata)
+    statistics = found.pop("statistics", None)
+    for name, value in found.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    for name, value in statistics.items() if isinstance(statistics, dict) else ():
+        if value is not None:
+            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    return _provenance(table, vector)
+
+
+def _provenance(table: Table, vector: SteeringVector) -> Table:
+    recorded = vector.provenance
+    if recorded is None:
+        table.add_row("provenance", "none recorded")
+        return table
+    table.add_row("from", f"{recorded.model_name} ({recorded.revision or 'revision not known'}), {recorded.dtype}")
+    table.add_row("weights", recorded.weights)
+    table.add_row("texts", f"{len(recorded.sample_ids)}, digest {recorded.prompts_digest}")
+    table.add_row("notes", ", ".join(f"{key} {value}" for key, value in recorded.notes.items()))
+    return table

@@ -1,0 +1,201 @@
+"""Contrast pairs of one behaviour, in order: made, split, and read from and written to JSON."""
+
+import json
+import random
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, overload
+
+from tl_persona.contrast_pair import ContrastPair, PairLike, Side, checked_pair
+from tl_persona.errors import InputError, NotStoredError, StoreError
+from tl_persona.files import write_atomically
+from tl_persona.provenance import text_digest
+
+
+class ContrastPairDataset:
+    """Contrast pairs of one behaviour, in order.
+
+    Args:
+        behavior: The behaviour's name; it names the vectors extracted from these pairs.
+        pairs: `ContrastPair`s, dicts `{"positive", "negative"[, "metadata"]}` or objects with such attributes.
+        description: What the positive and the negative side do.
+
+    Raises:
+        InputError: A pair cannot be used; the message has its index.
+
+    Example:
+        >>> data = ContrastPairDataset("politeness")
+        >>> data.add_pair("Could you pass the salt, please?", "Pass the salt.", topic="dinner")
+        >>> len(data), data[0].metadata, data.negatives
+        (1, {'topic': 'dinner'}, ['Pass the salt.'])
+    """
+
+    def __init__(
+        self,
+        behavior: str,
+        pairs: Iterable[ContrastPair | Mapping[str, Any] | PairLike] | None = None,
+        description: str = "",
+    ) -> None:
+        if not isinstance(behavior, str) or not behavior:
+            raise InputError(f"behavior is {behavior!r}; name what the positive side shows")
+        self.behavior = behavior
+        self.description = description
+        self._pairs = [checked_pair(index, pair) for index, pair in enumerate(pairs or ())]
+
+    def add(self, pair: ContrastPair | Mapping[str, Any] | PairLike) -> None:
+        """Append a pair."""
+        self._pairs.append(checked_pair(len(self._pairs), pair))
+
+    def add_pair(self, positive: Side, negative: Side, **metadata: Any) -> None:
+        """Append a pair given by its sides; keyword arguments become its metadata."""
+        self.add({"positive": positive, "negative": negative, "metadata": metadata})
+
+    @property
+    def positives(self) -> list[Side]:
+        """The positive sides, in order."""
+        return [pair.positive for pair in self._pairs]
+
+    @property
+    def negatives(self) -> list[Side]:
+        """The negative sides, in order."""
+        return [pair.negative for pair in self._pairs]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[ContrastPair]:
+        return iter(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> ContrastPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ContrastPair]: ...
+    def __getitem__(self, index: int | slice) -> ContrastPair | list[ContrastPair]:
+        return self._pairs[index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ContrastPairDataset):
+            return NotImplemented
+        return (self.behavior, self.description, self._pairs) == (other.behavior, other.description, other._pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # pairs can be added
+
+    def __repr__(self) -> str:
+        return f"ContrastPairDataset({self.behavior!r}, {len(self)} pairs)"
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of both sides of every pair, in order; names and metadata are left out."""
+        sides = [side for pair in self._pairs for side in (pair.positive, pair.negative)]
+        return text_digest([json.dumps(side, sort_keys=True) for side in sides])
+
+    def split(self, held_out: float | int, seed: int | None = 0) -> tuple["ContrastPairDataset", "ContrastPairDataset"]:
+        """Draw pairs to hold out of extraction.
+
+        Args:
+            held_out: A number of pairs (int), or a share of them strictly between 0 and 1 (float), rounded.
+            seed: Decides which pairs are drawn; None draws anew each time.
+
+        Returns:
+            The pairs to extract from and the held-out pairs, each in the original order.
+
+        Raises:
+            InputError: One of the two parts would be empty.
+
+        Example:
+            >>> data = ContrastPairDataset("demo", [{"positive": f"yes {i}", "negative": f"no {i}"} for i in range(8)])
+            >>> rest, test = data.split(0.25)
+            >>> len(rest), len(test)
+            (6, 2)
+        """
+        is_share = isinstance(held_out, float)
+        n_held_out = round(len(self) * held_out) if is_share and 0 < held_out < 1 else held_out
+        if isinstance(n_held_out, float | bool) or not 0 < n_held_out < len(self):
+            raise InputError(
+                f"{self.behavior}: cannot hold {held_out!r} of {len(self)} pairs out; "
+                "give a count that leaves both parts a pair, or a share between 0 and 1"
+            )
+        drawn = set(random.Random(seed).sample(range(len(self)), n_held_out))
+        rest = [pair for index, pair in enumerate(self._pairs) if index not in drawn]
+        test = [pair for index, pair in enumerate(self._pairs) if index in drawn]
+        return (
+            ContrastPairDataset(self.behavior, rest, self.description),
+            ContrastPairDataset(self.behavior, test, self.description),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the pairs as JSON; the file appears whole or not at all.
+
+        Raises:
+            InputError: Some metadata has no JSON form.
+        """
+        data = {
+            "behavior": self.behavior,
+            "description": self.description,
+            "pairs": [pair.to_dict() for pair in self._pairs],
+        }
+        try:
+            text = json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.behavior}: metadata of a pair has no JSON form: {error}") from error
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, f"{text}\n".encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ContrastPairDataset":
+        """Read pairs from JSON: `{"behavior", "pairs": [{"positive", "negative"[, "metadata"]}][, "description"]}`.
+
+        Raises:
+            NotStoredError: There is no such file.
+            InputError: The file is not such JSON; the message names the file and, for a bad pair, its index.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise NotStoredError(f"{path}: there is no such file of contrast pairs") from error
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON: {error}") from error
+        return from_json(data, str(path))
+
+
+def as_pairs(
+    pairs: ContrastPairDataset | Iterable[ContrastPair | Mapping[str, Any] | PairLike], behavior: str | None = None
+) -> ContrastPairDataset:
+    """Contrast pairs in any accepted form as a dataset.
+
+    Args:
+        pairs: A dataset (ours, or another library's with `behavior` and iteration), or an iterable of pairs.
+        behavior: Name to give; None keeps the dataset's own, and a bare list is called `unknown`.
+
+    Raises:
+        InputError: There are no pairs, or one cannot be used; the message has its index.
+
+    Example:
+        >>> as_pairs([{"positive": "Yes!", "negative": "No."}], "agreement")
+        ContrastPairDataset('agreement', 1 pairs)
+    """
+    if isinstance(pairs, str | Mapping | ContrastPair) or not isinstance(pairs, Iterable):
+        raise InputError(f"contrast pairs are {reprlib.repr(pairs)}; give a ContrastPairDataset or a list of pairs")
+    name = behavior or getattr(pairs, "behavior", None) or "unknown"
+    dataset = ContrastPairDataset(name, pairs, getattr(pairs, "description", None) or "")
+    if not len(dataset):
+        raise InputError(f"{name}: there are no contrast pairs; give at least one")
+    return dataset
+
+
+def from_json(data: Any, source: str) -> ContrastPairDataset:
+    """A dataset from parsed JSON; `source` names it in errors.
+
+    Raises:
+        InputError: It is not such JSON.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("pairs"), list):
+        raise InputError(f"{source}: expected an object with 'behavior' and a list 'pairs'")
+    try:
+        return ContrastPairDataset(data.get("behavior", ""), data["pairs"], str(data.get("description", "")))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error

@@ -1,0 +1,274 @@
+"""The files of steering vectors: bytes from what a vector says of itself, and back, nothing trusted unread.
+
+A vector is one safetensors file whose header says what it is; a set is a folder of those and a `metadata.json`. The
+`.json` + `.pt` pairs of rotalabs-steer are read too, never written. Making vectors of what was read is the work of
+`steering_vector` and `vectors`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
+from tl_persona.files import make_folder, reason, write_atomically
+from tl_persona.provenance import Provenance
+
+FORMAT = "tl_persona.steering_vector"
+SET_FORMAT = "tl_persona.steering_vector_set"
+FORMAT_VERSION = "1"
+SUFFIX = ".safetensors"
+SET_FILE = "metadata.json"
+
+_T = TypeVar("_T")
+
+Fields = dict[str, Any]
+"""The arguments of a `SteeringVector` by name."""
+
+
+class _SetMetadata(msgspec.Struct):
+    behavior: str
+    layers: list[int]
+    format: str | None = None
+    format_version: str | None = None
+    sha256: dict[str, str] = {}
+
+
+class _RotalabsMetadata(msgspec.Struct):
+    behavior: str
+    layer_index: int
+    model_name: str
+    extraction_method: str = "caa"
+    metadata: dict[str, Any] = {}
+
+
+class _Header(msgspec.Struct, kw_only=True):
+    """The `__metadata__` of our files; safetensors allows texts only, so the rest is JSON."""
+
+    sha256: str
+    contents: str
+    contents_sha256: str
+
+
+class _Contents(msgspec.Struct, kw_only=True):
+    """All of a vector but its tensor."""
+
+    behavior: str
+    layer_index: int
+    hook_name: str
+    model_name: str
+    extraction_method: str
+    metadata: dict[str, Any]
+    provenance: Provenance | None
+
+
+def flaw_of(vector: object) -> str | None:
+    """Why something is no vector; None if it is one."""
+    if not isinstance(vector, Tensor):
+        return f"got {type(vector).__name__}"
+    if vector.layout != torch.strided or vector.device.type == "meta":
+        return f"got a {vector.layout} tensor on {vector.device}"
+    if vector.ndim != 1 or not vector.numel() or not vector.is_floating_point():
+        return f"got {vector.dtype} of shape {tuple(vector.shape)}"
+    return None
+
+
+def own_path(path: Path) -> Path:
+    """The name of our file for any spelling of it.
+
+    Raises:
+        InputError: The path names no file.
+    """
+    if not path.name:
+        raise InputError(f"{str(path)!r} names no file")
+    if path.suffix in (SUFFIX, ".pt", ".json"):
+        return path.with_suffix(SUFFIX)
+    return path.with_name(path.name + SUFFIX)  # not with_suffix: "layer_0.5" has no suffix to lose
+
+
+def encode(vector: Any, label: str) -> bytes:
+    """The file of a `SteeringVector`.
+
+    Args:
+        vector: A `SteeringVector`; its type is defined further down the flow.
+        label: Names it in errors.
+
+    Raises:
+        InputError: Its metadata or provenance has no JSON form.
+    """
+    fields = {name: getattr(vector, name) for name in _Contents.__struct_fields__}
+    try:
+        fields["provenance"] = None if vector.provenance is None else msgspec.to_builtins(vector.provenance)
+        contents = json.dumps(fields, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{label}: its metadata or provenance has no JSON form: {error}") from error
+    tensor = vector.vector.cpu().contiguous()
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "sha256": _tensor_digest(tensor),
+        "contents": contents,
+        "contents_sha256": hashlib.sha256(contents.encode()).hexdigest(),
+    }
+    return _with_sorted_header(safetensors.torch.save({"vector": tensor}, header))
+
+
+def read_vector(path: Path) -> tuple[Fields, Path]:
+    """What a vector's file holds, ours or rotalabs-steer's, and which file that is.
+
+    Raises:
+        NotStoredError: There is neither kind of file.
+        CorruptFileError: The file is truncated or altered, or holds something else.
+        StoreError: A later version of this package wrote it.
+    """
+    if path.is_dir():
+        raise NotStoredError(f"{path} is a folder; read a set of vectors with SteeringVectorSet.load")
+    own = own_path(path)
+    if own.exists() or path.suffix == SUFFIX:
+        return _decode(_read(own), own), own
+    pair = path.with_suffix(".json"), path.with_suffix(".pt")
+    if not any(file.exists() for file in pair):
+        raise NotStoredError(f"{path}: no steering vector is there: neither {own.name} nor {pair[0].name}")
+    return _read_rotalabs(*pair), pair[1]
+
+
+def holds_vector(path: Path) -> bool:
+    """Whether a file says that it holds a steering vector; the rest of it may still be damaged."""
+    if path.suffix in (".pt", ".json"):
+        return True
+    try:
+        with safetensors.safe_open(path, "pt") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_set(folder: Path, behavior: str, model_name: str | None, files: Mapping[int, bytes]) -> None:
+    """Writes the encoded vectors by layer, then the file that says which belong.
+
+    Raises:
+        StoreError: The file system refused.
+    """
+    make_folder(folder)
+    for layer, data in files.items():
+        write_atomically(folder / f"layer_{layer}{SUFFIX}", data)
+    metadata = {
+        "format": SET_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "behavior": behavior,
+        "model_name": model_name,
+        "layers": list(files),
+        "sha256": {str(layer): hashlib.sha256(data).hexdigest() for layer, data in files.items()},
+    }
+    write_atomically(folder / SET_FILE, f"{json.dumps(metadata, indent=1)}\n".encode())
+
+
+def read_set(folder: Path) -> tuple[str, Iterator[tuple[int, Fields, Path]]]:
+    """The behaviour of a set, ours or rotalabs-steer's, and for each layer what its file holds, and which that is.
+
+    Raises:
+        NotStoredError: The folder holds no set; on the way, a layer's file is gone.
+        CorruptFileError: A file is damaged, or not the one that was saved with this set.
+        StoreError: A later version of this package wrote it.
+    """
+    source = folder / SET_FILE
+    found = _converted(_parsed_json(_read(source), source), _SetMetadata, source)
+    if found.format is not None:
+        _check_version(found.format, found.format_version, SET_FORMAT, source)
+    return found.behavior, _read_layers(folder, found)
+
+
+def _read_layers(folder: Path, found: _SetMetadata) -> Iterator[tuple[int, Fields, Path]]:
+    for layer in found.layers:
+        if found.format is None:
+            tensor = folder / f"layer_{layer}.pt"
+            yield layer, _read_rotalabs(tensor.with_suffix(".json"), tensor), tensor
+            continue
+        file = folder / f"layer_{layer}{SUFFIX}"
+        data = _read(file)
+        if hashlib.sha256(data).hexdigest() != found.sha256.get(str(layer)):
+            raise CorruptFileError(f"{file} is not the file saved with {folder / SET_FILE}: save the set again")
+        yield layer, _decode(data, file), file
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The same file with its header in order: safetensors writes metadata in a new order each time."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensor aligned
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def _decode(data: bytes, source: Path) -> Fields:
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CorruptFileError(f"{source}: not a whole safetensors file: {error}") from error
+    texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    _check_version(texts.get("format"), texts.get("format_version"), FORMAT, source)
+    header = _converted(texts, _Header, source)
+    tensor = tensors.get("vector")
+    if tensor is None or _tensor_digest(tensor) != header.sha256:
+        raise CorruptFileError(f"{source}: the vector does not fit its checksum: the file was altered")
+    if hashlib.sha256(header.contents.encode()).hexdigest() != header.contents_sha256:
+        raise CorruptFileError(f"{source}: the header does not fit its checksum: the file was altered")
+    found = _converted(_parsed_json(header.contents.encode(), source), _Contents, source)
+    fields = {name: getattr(found, name) for name in _Contents.__struct_fields__}
+    return {**fields, "vector": tensor}
+
+
+def _read_rotalabs(metadata: Path, tensor: Path) -> Fields:
+    found = _converted(_parsed_json(_read(metadata), metadata), _RotalabsMetadata, metadata)
+    if not tensor.exists():
+        raise NotStoredError(f"{tensor}: there is no such file, though {metadata.name} is there")
+    try:
+        vector = torch.load(tensor, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle raises whatever its bytes lead to
+        raise CorruptFileError(f"{tensor}: holds no plain tensor: {error}") from error
+    flaw = flaw_of(vector)
+    if flaw is not None:
+        raise CorruptFileError(f"{tensor}: {flaw}; it should hold one non-empty, 1-D floating-point tensor")
+    fields = {name: getattr(found, name) for name in _RotalabsMetadata.__struct_fields__}
+    return {**fields, "vector": vector}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotStoredError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {reason(error)}") from error
+
+
+def _parsed_json(data: bytes, source: Path) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{source}: not JSON: {error}") from error
+
+
+def _converted(data: Any, kind: type[_T], source: Path) -> _T:
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise CorruptFileError(f"{source}: not what is expected there: {error}") from error
+
+
+def _check_version(format_: object, version: object, expected: str, source: Path) -> None:
+    if format_ != expected:
+        raise CorruptFileError(f"{source}: its format is {format_!r}, not {expected!r}")
+    if version != FORMAT_VERSION:
+        raise StoreError(f"{source}: has format version {version!r}, this package reads {FORMAT_VERSION!r}: upgrade")
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
