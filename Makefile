@@ -42,7 +42,7 @@ $(TL3)/.ready: requirements/tl3.txt $(READY)
 
 $(PEERS)/.ready: requirements/bench.txt $(READY)
 	@rm -rf $(PEERS)
-	@$(PIP) --no-deps --target $(PEERS) -r requirements/bench.txt
+	@$(PIP) --no-deps --ignore-requires-python --target $(PEERS) -r requirements/bench.txt
 	@touch $@
 
 demo: $(READY)
@@ -74,7 +74,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 bench: $(PEERS)/.ready
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest benchmarks -s
+	TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -s
 
 clean:
 	rm -rf $(VENV) $(ARTIFACTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

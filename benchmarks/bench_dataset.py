@@ -9,14 +9,18 @@ import importlib.util
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peer import PEERS
 
 from tl_persona.samples import PersonaDataset
+
+sys.path.append(str(PEERS))  # last, so that none of our own packages is shadowed
 
 MEGABYTES = int(os.environ.get("TL_PERSONA_BENCH_QA_MB", "150"))
 ROUNDS = 2 if MEGABYTES <= 200 else 1

@@ -34,15 +34,12 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def one_run_with_cache_a_sample(model: Any, inputs: PersonaInputs) -> torch.Tensor:
-    """What a careful user writes by hand: names filter, no logits to speak of, means over the mask."""
+    """What a user of TransformerLens writes by hand: a names filter, and means over the mask."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
-    extra = {"output_attentions": False, "logits_to_keep": 1} if hasattr(model, "original_model") else {}
     means = []
     with torch.no_grad():
         for ids, mask in zip(inputs.ids, inputs.masks, strict=True):
-            _, cache = model.run_with_cache(
-                ids[None], names_filter=names, stop_at_layer=model.cfg.n_layers, return_type=None, **extra
-            )
+            _, cache = model.run_with_cache(ids[None], names_filter=names)
             means.append(torch.stack([cache[name][0, mask].mean(dim=0) for name in names]))
     return torch.stack(means).mean(dim=0)
 

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,21 @@ def smollm2_hooked(smollm2: tuple[Any, Any]) -> Callable[[str], Any]:
         return booted[kind]
 
     return model_of
+
+
+@pytest.fixture
+def tiny_chat(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model's folder under a name that artifacts are filed under, and a wide terminal without colour."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return shutil.copytree(tiny_llama, tmp_path / "tiny-chat")
+
+
+@pytest.fixture
+def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test where the command line loads a model."""
+
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("tl_persona.commands.model.load_model", fail)

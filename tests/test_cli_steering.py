@@ -2,10 +2,8 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,20 +53,8 @@ class CommandLine:
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> CommandLine:
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("NO_COLOR", "1")
-    return CommandLine(tmp_path, shutil.copytree(tiny_llama, tmp_path / "tiny-chat"), capsys)
-
-
-@pytest.fixture
-def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: Any, **_options: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("tl_persona.commands.model.load_model", fail)
+def cli(tmp_path: Path, tiny_chat: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(tmp_path, tiny_chat, capsys)
 
 
 # --- caa -----------------------------------------------------------------------------------------------------------

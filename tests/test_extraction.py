@@ -544,6 +544,8 @@ def test_a_question_that_cannot_be_said_is_named_before_the_model_runs(
         (torch.arange(0), torch.ones(0), InputError, "no tokens"),
         (torch.arange(5.0), torch.ones(5), InputError, "must be integers, got torch.float32"),
         (torch.arange(2049) % 90, torch.ones(2049), InputError, "2049 tokens, the model's context is 2048"),
+        (torch.tensor([1, 2, 10**6]), torch.ones(3), InputError, "from 1 to 1000000, but the model has"),
+        (torch.tensor([1, -2, 3]), torch.ones(3), InputError, "from -2 to 3, but the model has"),
     ],
 )
 def test_ids_and_masks_that_cannot_run_are_named_by_their_place(
