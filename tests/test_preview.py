@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
 from tl_persona.masks import MaskStrategy, build_mask
+from tl_persona.models import ModelFacts
+from tl_persona.plan import Sample, Sharing, make_plan
 from tl_persona.prepared import MaskedPrompts, persona_prompts
-from tl_persona.preview import legend, masked_text, print_masks
+from tl_persona.preview import legend, masked_text, print_masks, print_plan
 from tl_persona.prompts import Prompt
 from tl_persona.samples import QAPair
 
@@ -126,3 +129,20 @@ def test_brackets_and_colons_in_a_title_are_no_markup(prompts: list[Prompt]) -> 
 def test_the_legend_is_drawn_in_the_styles_it_explains() -> None:
     for word, style in {"persona": "cyan", "question": "yellow", "answer": "green", "selected": "reverse"}.items():
         assert styled(legend(), style) == word
+
+
+def test_the_plans_cost_is_told_in_tokens_passes_and_memory() -> None:
+    prefix, ends = list(range(100)), ([101, 102, 103], [104, 105], [106])
+    samples = [
+        Sample(str(i), torch.tensor(prefix + end), torch.ones(1, len(prefix) + len(end), dtype=torch.bool))
+        for i, end in enumerate(ends)
+    ]
+    facts = ModelFacts("m", None, "k", "bfloat16", "unprocessed", n_layers=4, d_model=1000, n_ctx=None, hook_names=())
+    out = io.StringIO()
+    console = Console(file=out, width=300)
+    print_plan(make_plan(samples), facts, 4, console=console)
+    # Three rows padded to 103 positions; 309 x 4 hooks x 1000 numbers of two bytes.
+    assert "plan: 306 tokens, of which 306 are computed and 3 are padding, in 1 passes (none" in out.getvalue()
+    assert "largest pass: 2 MB" in out.getvalue()
+    print_plan(make_plan(samples, sharing=Sharing.PACKED), facts, 4, console=console)
+    assert "plan: 306 tokens, of which 106 are computed and 0 are padding, in 1 passes (packed" in out.getvalue()

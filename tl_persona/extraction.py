@@ -19,6 +19,7 @@ from tl_persona.jobs import ExtractionResult, OnStatus, VariantJob, pooled_means
 from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.plan import Sample
 from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
+from tl_persona.preview import print_masks, print_plan
 from tl_persona.samples import PersonaLike, QALike, system_prompt
 from tl_persona.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors
@@ -114,7 +115,7 @@ def run_extraction(
         mask_strategy: One strategy or several.
         remote: True runs on NDIF.
         on_status: Told of every vector saved or found (see `OnStatus`).
-        verbose: Prints prompts with their masks in colour.
+        verbose: Prints prompts with their masks in colour, and what the plan will cost.
         activations_dir: Root of the store; None is `artifacts/activations`.
         layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
         template_kwargs: Passed to the chat template.
@@ -151,15 +152,14 @@ def run_extraction(
             prompts = persona_prompts(backend.tokenizer, system, used, template_kwargs=template_kwargs)
             masked = MaskedPrompts(prompts, strategies)
             if verbose:
-                from tl_persona.preview import print_masks
-
                 print_masks(masked, strategies, title=f"{persona.name} · {variant}")
             provenances = {name: provenance_of(backend, model_name, hook_names, name, masked) for name in strategies}
-            jobs.append(
-                VariantJob.prepare(
-                    backend, target, persona, variant, masked, provenances, force=force, batch_tokens=batch_tokens
-                )
+            job = VariantJob.prepare(
+                backend, target, persona, variant, masked, provenances, force=force, batch_tokens=batch_tokens
             )
+            if verbose and job.plan is not None:
+                print_plan(job.plan, backend.facts, len(hook_names))
+            jobs.append(job)
         return [
             result
             for job in jobs

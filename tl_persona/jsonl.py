@@ -51,11 +51,12 @@ def read_records(path: StrPath, record: type[Record]) -> Iterator[tuple[int, Rec
 
     Example:
         >>> import tempfile
+        >>> Count = msgspec.defstruct("Count", [("red", int)])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "counts.jsonl")
         ...     _ = path.write_text('{"red": 1, "blue": 2}')
-        ...     list(read_records(path, dict[str, int]))
-        [(1, {'red': 1, 'blue': 2})]
+        ...     list(read_records(path, Count))
+        [(1, Count(red=1))]
     """
     decoder = msgspec.json.Decoder(record)
     with _open(path) as file:

@@ -5,12 +5,15 @@ Colour tells the span, reverse video the selection; long stretches that are not 
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from jaxtyping import Bool
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
 from tl_persona.masks import MaskStrategy
+from tl_persona.models import ModelFacts
+from tl_persona.plan import Plan
 from tl_persona.prepared import MaskedPrompts
 from tl_persona.prompts import Prompt
 
@@ -105,6 +108,24 @@ def print_masks(
             )
         )
         out.print(masked_text(prompt, mask))
+
+
+def print_plan(plan: Plan, facts: ModelFacts, n_hooks: int, *, console: Console | None = None) -> None:
+    """Prints what a plan is predicted to cost: tokens given, computed and padded, and the largest pass's activations.
+
+    Args:
+        plan: From the backend that will run it; a shortcut that turns out not to be exact there costs more.
+        facts: Of the model.
+        n_hooks: How many hooks are read.
+        console: Where to print; None is standard output.
+    """
+    itemsize = getattr(torch, facts.dtype).itemsize
+    megabytes = plan.peak_bytes(n_hooks, facts.d_model, itemsize) / 1e6
+    (console or Console(highlight=False, markup=False)).print(
+        f"plan: {plan.tokens:,} tokens, of which {plan.tokens_distinct:,} are computed and "
+        f"{plan.tokens_run - plan.tokens_distinct:,} are padding, in {len(plan.passes)} passes ({plan.sharing} "
+        f"prefixes); activations of the largest pass: {megabytes:,.0f} MB"
+    )
 
 
 def _pick(
