@@ -22,7 +22,7 @@ from tl_persona.checkpoints import find_checkpoint, load_hf_model
 from tl_persona.loading import ModelKind
 
 QUESTIONS = int(os.environ.get("TL_PERSONA_BENCH_QUESTIONS", "24"))
-ROUNDS = 3
+ROUNDS = 2
 IS_3 = importlib.metadata.version("transformer-lens").startswith("3.")
 KINDS: list[ModelKind] = ["hooked", "bridge"] if IS_3 else ["bridge"]
 

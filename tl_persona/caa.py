@@ -8,6 +8,8 @@ statistics that say which layer to trust.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from tl_persona.backends import Backend, open_backend
 from tl_persona.contrast import ContrastPairDataset, as_pairs
 from tl_persona.directions import Direction, mean_difference
@@ -124,6 +126,7 @@ def extract_caa_vectors(
                 advance(len(plan.samples[pooled.sample].input_ids))
         vectors = SteeringVectorSet(pairs.behavior)
         method = METHOD_NAMES.get(_name(direction), _name(direction))
+        provenance = _provenance(backend, model_name, hook_names, token_position, pairs, inputs)
         for index, (hook_name, layer) in enumerate(zip(hook_names, layers, strict=True)):
             activations = spool.read(index)
             pos, neg = activations[0::2], activations[1::2]
@@ -137,7 +140,7 @@ def extract_caa_vectors(
                     extraction_method=method,
                     metadata={"token_position": token_position, **statistics.as_metadata()},
                     hook_name=hook_name,
-                    provenance=_provenance(backend, model_name, hook_name, token_position, pairs, inputs),
+                    provenance=msgspec.structs.replace(provenance, hook_names=(hook_name,)),
                 )
             )
     finally:
@@ -164,7 +167,7 @@ def _layers(hook_names: tuple[str, ...]) -> list[int]:
 def _provenance(
     backend: Backend,
     model_name: str | None,
-    hook_name: str,
+    hook_names: tuple[str, ...],
     token_position: TokenPosition,
     pairs: ContrastPairDataset,
     inputs: ContrastTexts,
@@ -175,7 +178,7 @@ def _provenance(
         revision=facts.revision,
         dtype=facts.dtype,
         weights=facts.weights,
-        hook_names=(hook_name,),
+        hook_names=hook_names,
         strategy=str(token_position),
         prompts_digest=text_digest(inputs.texts),
         sample_ids=tuple(sample.sample_id for sample in inputs.samples),

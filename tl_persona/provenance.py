@@ -7,7 +7,9 @@ recorded beside it: they move results by rounding at most, so they do not invali
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -77,15 +79,16 @@ def text_digest(texts: Sequence[str]) -> str:
     return hasher.hexdigest()
 
 
-def software_versions() -> dict[str, str]:
-    """Versions of the packages that compute, for a provenance's notes."""
+@cache
+def software_versions() -> Mapping[str, str]:
+    """Versions of the packages that compute, for a provenance's notes; read from their metadata once a process."""
     versions = {}
     for package in ("tl-persona", "transformer-lens", "transformers", "torch"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed as a package"
-    return versions
+    return MappingProxyType(versions)
 
 
 def _short(value: object) -> str:

@@ -20,6 +20,7 @@ def load_named_model(arguments: Namespace, console: Console) -> HookedModel:
         InputError: An option's value is unknown.
     """
     if not console.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that are not transformers' own; read on tqdm's import
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
