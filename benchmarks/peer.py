@@ -32,7 +32,9 @@ class Worker:
         if needs is not None and not (PEERS / needs).is_dir():
             pytest.skip(f"{needs} is not installed in {PEERS}: run `make bench`")
         self._script = Path(__file__).parent / "workers" / script
-        self._path = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks"), *([str(PEERS)] if needs is not None else [])]
+        self._path = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks")]
+        if needs is not None:
+            self._path.append(str(PEERS))
 
     def __enter__(self) -> "Worker":
         path = os.pathsep.join([*self._path, os.environ.get("PYTHONPATH", "")])
