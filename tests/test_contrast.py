@@ -5,12 +5,10 @@ import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,17 +38,6 @@ def pair_dicts(draw: st.DrawFn) -> dict[str, Any]:
         sides = [[*prefix, {"role": "assistant", "content": text}] for text in sides]
     metadata = draw(st.dictionaries(st.text("abc"), json_values, max_size=2))
     return {"positive": sides[0], "negative": sides[1], "metadata": metadata}
-
-
-@pytest.fixture
-def unannotated() -> Iterator[None]:
-    """Switches the checking of annotations off, so that what a user without it gets to see is tested."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @dataclass
@@ -117,7 +104,7 @@ def test_shared_turns_are_the_common_beginning() -> None:
         ("bad \ud800", "No.", "not valid Unicode at character 4"),
     ],
 )
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_a_bad_pair_is_refused_with_one_clear_message(positive: Any, negative: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ContrastPair(positive, negative)
@@ -158,7 +145,7 @@ def test_no_pairs_at_all_are_refused(nothing: Any) -> None:
 
 
 @pytest.mark.parametrize("single", ["text", {"positive": "a", "negative": "b"}])
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_a_single_pair_is_not_taken_for_a_list_of_pairs(single: Any) -> None:
     with pytest.raises(InputError, match="give a ContrastPairDataset or a list of pairs"):
         as_pairs(single)
@@ -216,7 +203,7 @@ def test_a_file_written_by_hand_loads(tmp_path: Path) -> None:
         (b'{"behavior": "x", "pairs": [7]}', "pair 0: no 'positive' in 7"),
     ],
 )
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_a_bad_file_is_named_in_the_error(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "pairs.json"
     path.write_bytes(content)

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -85,17 +84,6 @@ def plain(tiny_model: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]
         return kept[family]
 
     return get
-
-
-@pytest.fixture
-def unannotated() -> Iterator[None]:
-    """Switches the checking of annotations off, so that what a user without it gets to see is tested."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @contextmanager
@@ -685,7 +673,7 @@ def test_half_precision_is_projected_in_single_and_double_stays_double() -> None
         (torch.ones(2, 8), "1-D floating-point"),
     ],
 )
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_projected_on_is_refused(direction: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         project(torch.ones(3, 8), direction)
@@ -712,7 +700,7 @@ def test_what_cannot_be_projected_on_is_refused(direction: Tensor, message: str)
         ({"positions": torch.ones(1, 9)}, r"a bool tensor of shape \(batch, pos\), got torch.float32"),
     ],
 )
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_an_intervention_that_means_nothing_is_refused_at_once(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Intervention(**{"hook_name": MIDDLE, "direction": V, **fields})
@@ -829,7 +817,7 @@ def test_a_coefficient_that_overflows_half_precision_is_refused(kind: str, model
         logits_of(model, some_ids(5))
 
 
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_a_plain_transformers_model_is_pointed_to_load_model(plain: Any) -> None:
     message = r"LlamaForCausalLM has no TransformerLens hooks.*tl_persona\.load_model"
     with pytest.raises(InputError, match=message), attach(plain("llama"), [Intervention(MIDDLE, V)]):
@@ -979,7 +967,7 @@ def test_a_vector_of_another_model_is_refused_and_one_of_the_same_files_is_not(
             assert hooks_on(model) > count
 
 
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_a_vector_points_a_plain_transformers_model_to_load_model(plain: Any, tiny_llama: Path) -> None:
     with (
         pytest.raises(InputError, match=r"load it with tl_persona\.load_model"),

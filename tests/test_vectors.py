@@ -7,11 +7,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,17 +46,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc"), inner, max_size=3),
     max_leaves=6,
 )
-
-
-@pytest.fixture
-def unannotated() -> Iterator[None]:
-    """Switches the checking of annotations off, so that what a user without it gets to see is tested."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @st.composite
@@ -128,7 +115,7 @@ def test_the_positional_order_and_the_defaults_are_the_references() -> None:
         (torch.ones(0), r"of shape \(0,\)"),
     ],
 )
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_no_vector_is_refused(tensor: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         SteeringVector("calm", 3, tensor, "tiny")
@@ -141,7 +128,7 @@ def test_a_vector_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize("layer", [-1, True, 1.0])
-@pytest.mark.usefixtures("unannotated")
+@pytest.mark.usefixtures("unchecked")
 def test_a_layer_that_is_no_index_is_refused(layer: Any) -> None:
     with pytest.raises(InputError, match="the layer must be an int from 0"):
         SteeringVector("calm", layer, torch.ones(2), "tiny")

@@ -104,7 +104,7 @@ def _add_extract(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     running.add_argument("--backend", choices=("local", "remote"), default="local")
     running.add_argument("--activations-dir", metavar="DIR", help="default: artifacts/activations")
     running.add_argument("--batch-tokens", type=_positive, metavar="N", help="padded tokens a forward pass may hold")
-    running.add_argument("--verbose", action="store_true", help="show prompts with their masks in colour")
+    running.add_argument("--verbose", action="store_true", help="show masks in colour and what a run will cost")
     running.add_argument("--force", action="store_true", help="extract what is stored already again")
     running.add_argument("--skip-failed", action="store_true", help="go on after a persona that fails; exit code 1")
 

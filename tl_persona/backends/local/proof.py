@@ -29,6 +29,11 @@ to another expert, and the plain path is as fickle.
 _EXACT_DTYPES = ("float64", "float32")
 
 
+def tolerance_of(dtype: str) -> float:
+    """The tolerance for a parameter dtype; a quantized one is held to that of float32."""
+    return TOLERANCE.get(dtype, TOLERANCE["float32"])
+
+
 class Regime(NamedTuple):
     """Passes that a model can be expected to treat alike.
 
@@ -92,22 +97,18 @@ class Prover:
         """The plan, or one with less sharing where its shortcuts are not exact on this model, and notes on why."""
         fallbacks: list[str] = []
         while True:
-            reasons = []
-            failed = None
-            for regime, index in shortcuts(plan, self._critical).items():
-                verdict = self._verdict(plan, regime, index, names)
-                reasons.append(verdict.reason)
-                if not verdict.holds:
-                    failed = verdict
-                    break
+            taken = shortcuts(plan, self._critical)
+            verdicts = (self._verdict(plan, regime, index, names) for regime, index in taken.items())
+            # Lazily: what comes after the first failure need not be proven.
+            failed = next((verdict for verdict in verdicts if not verdict.holds), None)
             if failed is None:
                 break
             fallbacks.append(f"{plan.sharing}: {failed.reason}")
             plan = plan.with_sharing(next_best(plan.sharing))
-        notes: dict[str, Any] = {"sharing": str(plan.sharing if reasons else Sharing.NONE)}
-        if reasons:
+        notes: dict[str, Any] = {"sharing": str(plan.sharing if taken else Sharing.NONE)}
+        if taken:
             # The limit, not the figure: what is written must not depend on which sample happened to come first.
-            notes["proof"] = f"within {TOLERANCE.get(self._facts.dtype, TOLERANCE['float32']):.0e}"
+            notes["proof"] = f"within {tolerance_of(self._facts.dtype):.0e}"
         if fallbacks:
             notes["fallbacks"] = fallbacks
         return plan, notes
@@ -204,7 +205,7 @@ def prove(
                 if not difference < float("inf"):
                     return Verdict(False, f"NaN or infinity at {name}", hooks, lasting=False)
                 worst = max(worst, difference)
-    tolerance = TOLERANCE.get(dtype, TOLERANCE["float32"])
+    tolerance = tolerance_of(dtype)
     return Verdict(worst <= tolerance, f"relative difference {worst:.1e}, allowed {tolerance:.0e}", hooks)
 
 
