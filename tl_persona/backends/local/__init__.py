@@ -14,7 +14,7 @@ import torch
 from tl_persona.backends import Pooled
 from tl_persona.backends.local import boot
 from tl_persona.backends.local.budget import default_batch_tokens
-from tl_persona.backends.local.passes import Runner, runner_for
+from tl_persona.backends.local.passes import Runner, capture_of, runner_for
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover
 from tl_persona.errors import HookError, InputError, NonFiniteError
@@ -124,9 +124,7 @@ class LocalBackend:
         probe = make_plan([Sample("probe", tokens, torch.ones((1, 2), dtype=torch.bool))])
         captured, _ = self._runner.run(probe, Pass((Row((Segment((0,), 0, 2),)),)), names, None, 0)
         for name in names:
-            if name not in captured:
-                raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
-            shape = tuple(captured[name].shape)
+            shape = tuple(capture_of(captured, name).shape)
             if shape != (1, 2, self.facts.d_model):
                 raise HookError(
                     f"hook {name!r} gives shape {shape} for two tokens, not (1, 2, {self.facts.d_model}): choose a "

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_persona.errors import HookError
 from tl_persona.hooks import layer_of
 from tl_persona.models import HookedModel
 from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
@@ -160,6 +161,17 @@ def _continued(cache: Any, n_rows: int) -> Any:
 def _additive(visible: Bool[Tensor, "row pos key"], dtype: torch.dtype) -> Float[Tensor, "row 1 pos key"]:
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def capture_of(captured: Mapping[str, Tensor], name: str) -> Float[Tensor, "..."]:
+    """What a pass captured at one hook.
+
+    Raises:
+        HookError: The hook did not fire.
+    """
+    if name not in captured:
+        raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
+    return captured[name]
 
 
 def stop_layer(names: Sequence[str]) -> int | None:

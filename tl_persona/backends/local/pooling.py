@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_persona.backends import Pooled
-from tl_persona.errors import HookError, NonFiniteError
+from tl_persona.backends.local.passes import capture_of
+from tl_persona.errors import NonFiniteError
 from tl_persona.plan import Pass, Plan, Segment
 from tl_persona.tensors import PooledMeans
 
@@ -104,9 +105,7 @@ class PoolingRun:
         weights: dict[torch.device, list[Tensor]] = {}
         results = []
         for name in self._hook_names:
-            if name not in captured:
-                raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
-            activation = captured[name]
+            activation = capture_of(captured, name)
             device = activation.device
             accumulate = torch.float32 if device.type == "mps" else torch.float64
             if device not in weights:

@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tl_persona.backends.local.passes import Runner, needs_mask, stop_layer
-from tl_persona.errors import HookError
+from tl_persona.backends.local.passes import Runner, capture_of, needs_mask, stop_layer
 from tl_persona.models import ModelFacts
 from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
 
@@ -192,9 +191,7 @@ def prove(
         whole = Pass((Row((Segment((witness.member,), 0, witness.stop),)),))
         plain, _ = runner.run(plan, whole, names, None, 0)
         for name in names:
-            if name not in plain:
-                raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
-            expected = plain[name][0].detach().cpu().double()
+            expected = capture_of(plain, name)[0].detach().cpu().double()
             size = expected.norm(dim=-1)
             # A position that is all but zero is measured against the others, which it is added to or averaged with.
             scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
