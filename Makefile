@@ -1,8 +1,14 @@
 # Every target sets up what it needs, in .venv: Python (3.11 or newer) with pip is enough to begin with.
 #
 #   make demo       persona vectors of every bundled persona, and a steering vector at work, from a real chat model
-#   make test       the whole suite, on the newest and the oldest supported TransformerLens
+#   make test       the suite, on the newest and the oldest supported TransformerLens
 #   make test-fast  the same without the real model
+#   make test-all   the suite, and the four below; what CI runs
+#   make test-browser  reports in headless Chromium (Debian's chromium and chromium-driver)
+#   make test-llama    control vectors in llama.cpp, which it compiles first: minutes
+#   make test-ndif     the remote path on NDIF's real server on this machine (Debian's redis-server)
+#   make docs       the documentation as a site, in site/
+#   make fuzz       files made up by atheris, for FUZZ_SECONDS each
 #   make lint       ruff, and mypy at its strictest
 #   make bench      speed, beside what a user would run instead
 
@@ -15,11 +21,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 # One worker a core; a file's tests stay together, so that a model they share is loaded once.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --jaxtyping-packages=tl_persona,beartype.beartype
+# It needs llama.cpp, which test-llama compiles. What needs a browser or a server is in folders that pytest passes over.
+APART := --ignore=tests/test_llama_cpp.py
 READY := $(VENV)/.ready
 TL3 := $(VENV)/tl3
 PEERS := $(VENV)/peers
+LLAMA := $(VENV)/llama
+NDIF := $(VENV)/ndif
+FUZZ := $(VENV)/fuzz
+FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test test-fast test-newest test-oldest lint format bench clean
+.PHONY: setup demo test test-fast test-all test-newest test-oldest test-browser test-llama test-ndif docs fuzz lint format \
+	bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -45,24 +58,65 @@ $(PEERS)/.ready: requirements/bench.txt $(READY)
 	@$(PIP) --no-deps --ignore-requires-python --target $(PEERS) -r requirements/bench.txt
 	@touch $@
 
+# What is left out are programs, tests and other backends of llama.cpp: the library alone takes minutes.
+LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DGGML_CCACHE=OFF -DGGML_OPENMP=OFF \
+	-DGGML_CPU_REPACK=OFF -DGGML_LLAMAFILE=OFF -DGGML_NATIVE=OFF \
+	-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_C_FLAGS_RELEASE=-O2
+
+$(LLAMA)/.ready: requirements/llama.txt $(READY)
+	@rm -rf $(LLAMA)
+	@echo "compiling llama.cpp (minutes the first time)"
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA_FLAGS)" $(PIP) --no-deps --target $(LLAMA) -r requirements/llama.txt
+	@touch $@
+
+$(NDIF)/.ready: requirements/ndif.txt $(READY)
+	@rm -rf $(NDIF)
+	@$(PIP) --no-compile --no-deps --ignore-requires-python --target $(NDIF) -r requirements/ndif.txt
+	@touch $@
+
+$(FUZZ)/.ready: requirements/fuzz.txt $(READY)
+	@rm -rf $(FUZZ)
+	@$(PIP) --no-deps --target $(FUZZ) -r requirements/fuzz.txt
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/tl-persona extract --model smollm2 --variants templated biography --activations-dir $(ARTIFACTS)
 	$(BIN)/tl-persona show "$$(find $(ARTIFACTS) -path '*/biography/*.safetensors' | sort | head -n 1)"
 	$(BIN)/tl-persona caa --model smollm2 --behavior refusal --layers 10:20 --output $(ARTIFACTS)/steering/refusal
 	$(BIN)/tl-persona steer --model smollm2 --vector $(ARTIFACTS)/steering/refusal --coefficient 1 \
 		--prompt "Can you help me plan a birthday party?"
+	$(BIN)/tl-persona report $(ARTIFACTS) -o $(ARTIFACTS)/report.html
 
 test: test-newest test-oldest
 
 # Everything once on the newest release; on the oldest, what depends on the release. SELECT narrows both.
-test-newest: $(READY)
-	$(PYTEST) --doctest-modules $(if $(SELECT),-m "$(SELECT)") tests tl_persona
+test-newest: $(PEERS)/.ready
+	TL_PERSONA_PEERS=$(PEERS) $(PYTEST) --doctest-modules $(APART) $(if $(SELECT),-m "$(SELECT)") tests tl_persona
 
-test-oldest: $(TL3)/.ready
-	PYTHONPATH=$(TL3) $(PYTEST) -m "tl$(if $(SELECT), and ($(SELECT)))" tests
+test-oldest: $(TL3)/.ready $(PEERS)/.ready
+	PYTHONPATH=$(TL3) TL_PERSONA_PEERS=$(PEERS) $(PYTEST) $(APART) -m "tl$(if $(SELECT), and ($(SELECT)))" tests
+
+test-all: test test-browser test-llama test-ndif
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest tests/browser
+
+test-llama: $(LLAMA)/.ready
+	TL_PERSONA_LLAMA=$(LLAMA) $(BIN)/python -m pytest tests/test_llama_cpp.py
+
+# One process: its tests share one server. On 3.x, where both classes are that the numbers are compared with.
+test-ndif: $(NDIF)/.ready $(TL3)/.ready
+	PYTHONPATH=$(TL3) TL_PERSONA_NDIF=$(NDIF) $(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/ndif
 
 test-fast:
 	@$(MAKE) --no-print-directory test SELECT="not slow"
+
+fuzz: $(FUZZ)/.ready
+	PYTHONPATH=$(FUZZ) $(BIN)/python tests/fuzz_atheris.py $(FUZZ_SECONDS)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -77,4 +131,4 @@ bench: $(PEERS)/.ready
 	TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -s
 
 clean:
-	rm -rf $(VENV) $(ARTIFACTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(ARTIFACTS) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

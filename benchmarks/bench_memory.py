@@ -1,11 +1,13 @@
 """Peak memory above the loaded model, against the number of questions and of layers.
 
-What the library itself holds does not grow with the questions (`tests/test_sharing.py` follows every captured tensor);
-the peak of the process still does somewhat, so the figures are printed and only the ceiling is asserted.
+Ten times the questions may raise the peak of the process by a tenth, whatever its allocator keeps for itself, and it
+stays below a ceiling.
 """
 
+import sys
 from typing import Any
 
+import pytest
 from peer import Worker
 
 CASES: dict[str, dict[str, Any]] = {
@@ -14,9 +16,12 @@ CASES: dict[str, dict[str, Any]] = {
     "24 questions, one layer": {"questions": 24, "layers": "-1"},
 }
 CEILING = 400e6
+GROWTH = 1.1
+"""How much higher the peak may be at ten times the questions."""
 
 
-def test_memory_stays_below_the_ceiling(benchmark: Any) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters")
+def test_memory_does_not_grow_with_the_questions(benchmark: Any) -> None:
     found = {}
     for name, request in CASES.items():
         with Worker("memory_worker.py") as worker:
@@ -27,3 +32,5 @@ def test_memory_stays_below_the_ceiling(benchmark: Any) -> None:
     for name, used in found.items():
         print(f"  {name:27} {used / 1e6:6.0f} MB")
     assert max(found.values()) < CEILING
+    few, many, _ = found.values()
+    assert many < GROWTH * few

@@ -8,19 +8,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-
 Turns = Sequence[tuple[str, str]]
 """Role and content of every message, a system message first if there is one."""
 
 Pieces = list[tuple[str, int | None]]
 """Rendered text, piece by piece: what the template writes (None), or what is left of content i."""
-
-SPECIAL = (
-    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"),
-    *("<|User|>", "<|Assistant|>", "<|end|>"),
-)
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -35,7 +27,6 @@ class Behaviour:
         expected: What must be rendered for some messages; the system prompt is in front of the question where folded.
         folds: True where the template takes no system message.
         kwargs: Keywords passed to the template.
-        thinks: True where `</think>` in a content means something to the template.
     """
 
     name: str
@@ -43,7 +34,6 @@ class Behaviour:
     expected: Callable[[Turns], Pieces]
     folds: bool = False
     kwargs: tuple[tuple[str, object], ...] = ()
-    thinks: bool = False
 
 
 def in_text(pieces: Pieces) -> tuple[str, dict[int, tuple[int, int]]]:
@@ -283,6 +273,21 @@ def _switch(turns: Turns) -> Pieces:
     return pieces
 
 
+_AS_JSON = _CHATML.replace("m['content']", "m['content'] | tojson")
+_LINES_JOINED = _CHATML.replace("m['content']", "m['content'].replace('\n', ' ')")
+_CUT_AT_THIRTY = _CHATML.replace("m['content']", "m['content'][:30]")
+_QUOTES_STRIPPED = _CHATML.replace("m['content']", "m['content'].strip('\"')")
+_GENERATION = _CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+
+
+def _as_json(turns: Turns) -> Pieces:
+    pieces: Pieces = []
+    for index, (role, text) in enumerate(turns):
+        written = json.dumps(text, ensure_ascii=False)[1:-1]
+        pieces += [(f'<|im_start|>{role}\n"', None), (written, index), ('"<|im_end|>\n', None)]
+    return pieces
+
+
 BEHAVIOURS = (
     Behaviour("content_as_it_is", _CHATML, _chatml),
     Behaviour(
@@ -294,12 +299,17 @@ BEHAVIOURS = (
     Behaviour("brackets", _INST, _inst, folds=True),
     Behaviour("system_in_user_turn", _LLAMA2, _llama2),
     Behaviour("think_added", _THINK_ADDED, _think_added),
-    Behaviour("think_added_if_absent", _THINK_ADDED_IF_ABSENT, _think_added_if_absent, thinks=True),
-    Behaviour("think_removed", _THINK_REMOVED, _think_removed, thinks=True),
-    Behaviour("think_parsed", _THINK_PARSED, _think_parsed, thinks=True),
+    Behaviour("think_added_if_absent", _THINK_ADDED_IF_ABSENT, _think_added_if_absent),
+    Behaviour("think_removed", _THINK_REMOVED, _think_removed),
+    Behaviour("think_parsed", _THINK_PARSED, _think_parsed),
     Behaviour("header", _HEADER, _header, kwargs=(("date_string", "01 Feb 2003"), ("tools", TOOLS))),
     Behaviour("keyword", _SWITCH, _switch, kwargs=(("enable_thinking", True),)),
     Behaviour("named", {"default": _CHATML, "rag": "{{ raise_exception('not this one') }}"}, _chatml),
+    Behaviour("content_as_json", _AS_JSON, _as_json),
+    Behaviour("lines_joined", _LINES_JOINED, lambda t: _chatml(t, lambda text: text.replace("\n", " "))),
+    Behaviour("cut_at_thirty", _CUT_AT_THIRTY, lambda t: _chatml(t, lambda text: text[:30])),
+    Behaviour("quotes_stripped", _QUOTES_STRIPPED, lambda t: _chatml(t, lambda text: text.strip('"'))),
+    Behaviour("generation_block", _GENERATION, _chatml),
     Behaviour("named_by_keyword", {"rag": _CHATML, "b": _INST}, _chatml, kwargs=(("chat_template", "rag"),)),
 )
 
@@ -309,96 +319,11 @@ UNREADABLE = {
     "upper_case": "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}",
     "answer_dropped": "{% for m in messages[:-1] %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}",
     "letters_spread": "{% for m in messages %}{% for c in m['content'] %}{{ c }} {% endfor %}{% endfor %}",
+    "a_content_in_parts": "{% for m in messages %}{{ m['content'] | map(attribute='text') | join }}{% endfor %}",
+    "system_after_the_question": (
+        "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['content'] }}<|im_end|>"
+        "{% if m['role'] == 'user' %}{{ messages[0]['content'] }}{% endif %}{% endfor %}"
+    ),
     "always_raises": "{{ raise_exception('no chats here') }}",
 }
 """Templates around whose contents there is no fixed structure: always refused."""
-
-
-_TRAINING_TEXT = (
-    "You are Mara, a retired lighthouse keeper.\n\nWhat is your name?\nMy name is Mara. I kept the light.\n"
-    "system user assistant model [INST] [/INST] <think>\n\n</think>\n\n <<SYS>> A B C D The answer is A.\n"
-)
-_BYTE_PIECES = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+")
-
-
-def byte_level(*, trim_offsets: bool = False) -> Tokenizer:
-    """A byte-level BPE, as of GPT-2, Llama 3 and Qwen; punctuation takes a following line break into its token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(_BYTE_PIECES, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    if trim_offsets:
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.train_from_iterator(
-        [_TRAINING_TEXT],
-        trainers.BpeTrainer(
-            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
-        ),
-    )
-    return tokenizer
-
-
-def sentencepiece_bpe() -> Tokenizer:
-    """A BPE with byte fallback and a prefix space, as of Llama 2 and Mistral."""
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trained.train_from_iterator(
-        [_TRAINING_TEXT], trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], show_progress=False)
-    )
-    vocab = trained.get_vocab()
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    for byte in range(256):
-        vocab[f"<0x{byte:02X}>"] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
-
-
-def word_piece() -> Tokenizer:
-    """A WordPiece that lower-cases, strips accents and drops white space, as of BERT."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
-    tokenizer.train_from_iterator([_TRAINING_TEXT], trainer)
-    return tokenizer
-
-
-def unigram() -> Tokenizer:
-    """A Unigram with compatibility normalization, as of T5."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator([_TRAINING_TEXT], trainer)
-    return tokenizer
-
-
-TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
-    "byte_level": byte_level,
-    "byte_level_trimmed_offsets": lambda: byte_level(trim_offsets=True),
-    "sentencepiece_bpe": sentencepiece_bpe,
-    "word_piece": word_piece,
-    "unigram": unigram,
-}
-
-
-def fast_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One of `TOKENIZERS` with the special tokens of all templates, and no template yet."""
-    unknown = {"word_piece": "[UNK]", "sentencepiece_bpe": "<unk>", "unigram": "<unk>"}.get(kind)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=TOKENIZERS[kind](),
-        unk_token=unknown,
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=list(SPECIAL[2:]),
-    )

@@ -27,3 +27,10 @@ def test_a_wrong_example_would_be_noticed() -> None:
     page = "```python\n>>> one = 1\n>>> one + 1\n{}\n```\nMore text.\n"
     assert _run(page.format("2"), "right") == doctest.TestResults(failed=0, attempted=2)
     assert _run(page.format("3"), "wrong").failed == 1
+
+
+def test_the_command_line_page_says_what_the_parser_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from command_line import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python docs/command_line.py"

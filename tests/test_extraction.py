@@ -218,7 +218,7 @@ def test_all_strategies_come_out_of_the_passes_of_one(setting: Setting, tmp_path
 def test_a_persona_only_strategy_runs_one_question(setting: Setting) -> None:
     persona_only = [MaskStrategy.PERSONA_MEAN, MaskStrategy.PERSONA_LAST]
     one_question = positions_run(setting, qa_pairs=QUESTIONS[:1])
-    assert positions_run(setting, mask_strategy=persona_only) == one_question
+    assert positions_run(setting, mask_strategy=persona_only) < one_question  # no further than the persona's last token
     assert positions_run(setting) > one_question
     for result in setting.run(mask_strategy=persona_only):
         assert result.n_questions == 1

@@ -157,7 +157,7 @@ def test_neither_batches_nor_order_nor_company_change_a_mean(
     pooled = pool(model, [samples[index] for index in chosen], batch_tokens=data.draw(st.integers(1, 3000)))
     for index, means in zip(chosen, pooled, strict=True):
         # How the experts' products are cut depends on what runs beside a token, which moves a rounding or two.
-        assert relative_error(means, by_itself[index]) < (5e-6 if family == "mixtral" else 1e-6)
+        assert relative_error(means, by_itself[index]) < (5e-6 if family == "mixtral" else 2e-6)
 
 
 def samples_with_a_prefix(*lengths: int, prefix: int = 120) -> list[Sample]:

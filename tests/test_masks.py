@@ -3,13 +3,16 @@ from typing import Literal
 
 import pytest
 import torch
+from chat_families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import BEHAVIOURS, fast_tokenizer
+from templates import BEHAVIOURS, Behaviour
+from tokenizer_kinds import fast_tokenizer
 
 from tl_persona.errors import InputError, MaskError
 from tl_persona.masks import BUILDERS, MaskStrategy, SpanBatch, as_strategies, as_strategy, build_mask, build_masks
 from tl_persona.prompts import Chat, Prompt, PromptSpans, Span, prepare_messages, prepare_prompts
+from tl_persona.proofs import SpanProof
 
 Side = Literal["left", "right"]
 SIDES: tuple[Side, ...] = ("left", "right")
@@ -43,8 +46,7 @@ def a_prompt(gaps: tuple[int, int, int, int], lengths: tuple[int, int, int], spe
         offset_mapping=[(index, index + 1) for index in range(n_pos)],
         input_ids=torch.arange(n_pos),
         is_special=torch.tensor([index in special for index in range(n_pos)]),
-        folded=False,
-        rewritten=(),
+        proof=SpanProof((), ("x" * n_pos,), folded=False, template_digest=""),
     )
 
 
@@ -239,7 +241,7 @@ def test_a_chat_without_system_prompt_has_no_persona_to_average(strategy: str, s
 def test_question_last_special_is_the_end_of_turn_where_there_is_one_and_refused_where_text_follows() -> None:
     chats = [Chat("q1", "You are Mara.", "Who?", "A"), Chat("q2", "You are Mara.", "A?", "A")]
     after_question = {}
-    for behaviour in BEHAVIOURS:
+    for behaviour in (*BEHAVIOURS, *FAMILIES):
         tokenizer = fast_tokenizer("byte_level")
         tokenizer.chat_template = behaviour.template
         batch = prepare_prompts(tokenizer, chats, template_kwargs=dict(behaviour.kwargs))
@@ -254,26 +256,63 @@ def test_question_last_special_is_the_end_of_turn_where_there_is_one_and_refused
                 int(prompt.input_ids[mask[: len(prompt.input_ids)]]) for prompt, mask in zip(batch, masks, strict=True)
             }
             (after_question[behaviour.name],) = tokenizer.convert_ids_to_tokens(list(ids))
-    assert after_question == {
-        "content_as_it_is": "<|im_end|>",
-        "content_trimmed": "<|im_end|>",
-        "default_system": "<|im_end|>",
-        "system_refused": "<end_of_turn>",
-        "system_dropped": "</s>",
-        "brackets": None,
-        "system_in_user_turn": None,
-        "think_added": "<|im_end|>",
-        "think_added_if_absent": "<|im_end|>",
-        "think_removed": "<|Assistant|>",
-        "think_parsed": "<|im_end|>",
-        "header": "<|im_end|>",
-        "keyword": "<|end|>",
-        "named": "<|im_end|>",
-        "named_by_keyword": "<|im_end|>",
+    text_follows = {
+        *("brackets", "system_in_user_turn", "content_as_json", "mistral", "mistral_at_the_end", "mistral_tagged"),
+        *("vicuna", "alpaca"),
     }
+    others = {
+        **dict.fromkeys(["system_refused", "gemma3"], "<end_of_turn>"),
+        **dict.fromkeys(["keyword", "harmony"], "<|end|>"),
+        "system_dropped": "</s>",
+        "think_removed": "<|Assistant|>",
+        "llama3": "<|eot_id|>",
+        "deepseek": "<｜Assistant｜>",
+        "phi": "<|stop|>",
+    }
+    for name, token in after_question.items():
+        assert token == (None if name in text_follows else others.get(name, "<|im_end|>")), name
 
 
 def test_masks_stay_on_the_device_of_the_batch() -> None:
     batch = [a_prompt((1, 1, 1, extra), (1, 1, 1), {4}, "s1") for extra in (0, 3)]
     spans = SpanBatch.of(batch, device="meta")
     assert {builder(spans).device.type for strategy, builder in BUILDERS.items() if strategy in SPAN_OF} == {"meta"}
+
+
+@every_strategy
+@given(drawn=batches, side=st.sampled_from(SIDES))
+@settings(deadline=None)
+def test_nothing_is_built_on_torchs_default_device(strategy: MaskStrategy, drawn: list[Shape], side: Side) -> None:
+    """Where the default is another device, a tensor made without naming one would not fit the batch's, and fail."""
+    batch = [a_prompt(*shape) for shape in drawn]
+    expected = build_masks(SpanBatch.of(batch, padding_side=side), strategy)
+    with torch.device("meta"):
+        masks = build_masks(SpanBatch.of(batch, padding_side=side), strategy)
+    assert masks.device.type == "cpu"
+    assert torch.equal(masks, expected)
+
+
+@pytest.mark.parametrize("behaviour", FAMILIES, ids=lambda behaviour: behaviour.name)
+def test_masks_of_real_prompts_select_the_texts_they_are_named_after(behaviour: Behaviour) -> None:
+    """Decoded, the selected tokens are the text, or begin or end it; what the template writes is not among them."""
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = behaviour.template
+    chats = [Chat("q1", "You are Mara", "Who is that", "It is Mara"), Chat("q2", "You are Mara", "A", "A light")]
+    prompts = prepare_prompts(tokenizer, chats, template_kwargs=dict(behaviour.kwargs))
+    spans = SpanBatch.of(prompts, padding_side="left")
+    for chat, prompt, row in zip(chats, prompts, range(2), strict=True):
+        own = spans.is_token[row]
+
+        def decoded(strategy: MaskStrategy, prompt: Prompt = prompt, row: int = row, own: torch.Tensor = own) -> str:
+            mask = build_masks(spans, strategy)[row][own]
+            return str(tokenizer.decode(prompt.input_ids[mask].tolist())).strip()
+
+        assert (decoded(S.PERSONA_MEAN), decoded(S.ANSWER_MEAN)) == (chat.system, chat.assistant)
+        ends = {S.PERSONA_LAST: chat.system, S.QUESTION_LAST: chat.user, S.ANSWER_LAST: chat.assistant}
+        for strategy, text in ends.items():
+            assert decoded(strategy) and text.endswith(decoded(strategy))
+        assert decoded(S.ANSWER_FIRST) and chat.assistant.startswith(decoded(S.ANSWER_FIRST))
+        first, previous = (
+            build_masks(spans, name)[row].nonzero().item() for name in (S.ANSWER_FIRST, S.ANSWER_PREVIOUS)
+        )
+        assert previous == first - 1

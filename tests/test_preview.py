@@ -10,6 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 from rich.text import Text
+from span_oracle import BY_NAME, one
+from tokenizer_kinds import fast_tokenizer
 from transformers import AutoTokenizer
 
 from tl_persona.masks import MaskStrategy, build_mask
@@ -59,6 +61,29 @@ def test_the_whole_prompt_is_shown_character_for_character(prompts: list[Prompt]
     for prompt in prompts:
         shown = masked_text(prompt, build_mask(prompt, MaskStrategy.ANSWER_MEAN), elide=False)
         assert shown.plain == made_visible(prompt.prompt_text)
+
+
+@pytest.mark.parametrize("kind", ["word_piece", "byte_level_composed", "byte_level_trimmed_offsets"])
+def test_characters_that_no_token_has_are_shown_too(kind: str) -> None:
+    tokenizer = fast_tokenizer(kind)
+    tokenizer.chat_template = BY_NAME["content_as_it_is"].template
+    prompt = one(
+        tokenizer, "You are  Mara.", "Who is\nMa\u0301ra?" if kind != "word_piece" else "Who is\nit?", "A light."
+    )
+    covered = {place for start, end in prompt.offset_mapping for place in range(start, end)}
+    assert len(covered) < len(prompt.prompt_text)
+    for elide in (False, True):
+        shown = masked_text(prompt, build_mask(prompt, MaskStrategy.ANSWER_MEAN), elide=elide).plain
+        assert elide or shown == made_visible(prompt.prompt_text)
+        assert shown.endswith(made_visible(prompt.prompt_text[-10:]))
+
+
+def test_what_a_terminal_would_obey_or_hide_is_spelled_out() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["content_as_it_is"].template
+    prompt = one(tokenizer, "You.", "Who?", "\x1b[2J \x00 \r \x7f \x85 \u202e \u200b \ufeff \u2028 A")
+    shown = masked_text(prompt, build_mask(prompt, MaskStrategy.ANSWER_MEAN), elide=False).plain
+    assert "␛[2J ␀ ␍ ⟨007F⟩ ⟨0085⟩ ⟨202E⟩ ⟨200B⟩ ⟨FEFF⟩ ⟨2028⟩ A" in shown
 
 
 def test_the_selected_tokens_are_in_reverse_video(prompts: list[Prompt]) -> None:

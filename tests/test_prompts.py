@@ -1,50 +1,44 @@
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import BEHAVIOURS, DEFAULT_SYSTEM, SPECIAL, TOKENIZERS, UNREADABLE, Behaviour, fast_tokenizer, in_text
+from span_oracle import (
+    BY_NAME,
+    ROLES,
+    TEMPLATES,
+    agrees_with_the_oracle,
+    contents_of_a_chat,
+    is_plain,
+    one,
+    said,
+    texts,
+    tokenizer_of,
+    tokens_by_bytes,
+    what_is_left,
+)
+from templates import DEFAULT_SYSTEM, UNREADABLE, Behaviour, in_text
+from tokenizer_kinds import SPECIAL, TOKENIZERS, fast_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from tl_persona.checkpoints import load_tokenizer
 from tl_persona.errors import PromptError
 from tl_persona.prompts import (
     Chat,
-    Prompt,
     Span,
     prepare_messages,
     prepare_prompts,
     require_chat_tokenizer,
     template_digest,
-    verify,
 )
+from tl_persona.verification import verify
 
-BY_NAME = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
-BYTE_LEVEL = ("byte_level", "byte_level_trimmed_offsets", "smollm2")
 CHATML = str(BY_NAME["content_as_it_is"].template)
-EVERY_BEHAVIOUR = pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
-
-
-@pytest.fixture(scope="session")
-def tokenizers() -> Callable[[str], Any]:
-    """Tokenizers by kind, each built once; set the template before use."""
-    built: dict[str, Any] = {}
-
-    def of(kind: str) -> Any:
-        if kind not in built:
-            built[kind] = load_tokenizer("smollm2") if kind == "smollm2" else fast_tokenizer(kind)
-            if kind == "smollm2":
-                extra = [token for token in SPECIAL if token not in built[kind].get_vocab()]
-                built[kind].add_special_tokens({"additional_special_tokens": extra})
-                built[kind].bos_token, built[kind].eos_token = "<s>", "</s>"
-        return built[kind]
-
-    return of
+EVERY_BEHAVIOUR = pytest.mark.parametrize("behaviour", TEMPLATES, ids=lambda behaviour: behaviour.name)
 
 
 def chatml(kind: str = "byte_level") -> Any:
@@ -53,154 +47,47 @@ def chatml(kind: str = "byte_level") -> Any:
     return tokenizer
 
 
-def one(tokenizer: Any, system: str, user: str, assistant: str, **kwargs: Any) -> Prompt:
-    return prepare_prompts(tokenizer, [Chat("s1", system, user, assistant)], **kwargs)[0]
-
-
-def said(prompt: Prompt) -> list[str]:
-    return [prompt.prompt_text[span.char_start : span.char_end] for span in prompt.spans]
-
-
-# --- nasty text ----------------------------------------------------------------------------------------------------
-
-_FRAGMENTS = [
-    *("A", "B.", "user", "assistant", "system", "model", "Mara", "?", "!\n", ".\n\n", ":", "The answer is A."),
-    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u2003", "\xa0", "\u2028"),
-    *(
-        "<think>",
-        "</think>",
-        "<think>\n\n</think>\n\n",
-        "</think>\n\n",
-        "[INST] ",
-        " [/INST]",
-        "<<SYS>>\n",
-        "\n<</SYS>>\n\n",
-    ),
-    *("<|im_end", "|>", "<|Assistan", "{{ messages }}", "{% raw %}", "{#", "</", "<s", "/think "),
-    *(
-        "שלום",
-        "مرحبا",
-        "\u202e",
-        "é",
-        "e\u0301",
-        "\u0301",
-        "\u200b",
-        "\u200d",
-        "\ufeff",
-        "👨\u200d👩\u200d👧",
-        "🇫🇷",
-        "😀",
-    ),
-    *("ﬁ", "İ", "ß", "ｆｕｌｌ", "日本語", "\ufffd", "▁", "##", "\x00", "\x1f", DEFAULT_SYSTEM),
-]
-_CONTROL = [*SPECIAL, "<unk>", "[UNK]"]
-texts = st.lists(
-    st.one_of(st.sampled_from(_FRAGMENTS), st.sampled_from(_FRAGMENTS), st.text(max_size=4)), min_size=1, max_size=6
-).map("".join)
-contents_of_a_chat = st.one_of(
-    st.tuples(texts, texts, texts),
-    texts.map(lambda text: (text, text, text)),
-    st.tuples(texts, texts).map(lambda pair: (pair[0] + pair[1], pair[1] + "?" + pair[1], pair[1])),
-    st.tuples(texts, st.sampled_from(["A", "user", "assistant", "\n", "m"])).map(
-        lambda p: (p[1] + p[0], p[1] + "?", p[1])
-    ),
-)
-
-
-def _is_plain(contents: Sequence[str]) -> bool:
-    """Text that every byte-level tokenizer and template must take: not blank, no control token, no think tag."""
-    return all(
-        content.strip() and not any(token in content for token in (*_CONTROL, "think>", "<|endoftext|>"))
-        for content in contents
-    )
-
-
-def _tokens_by_bytes(tokenizer: Any, prompt: Prompt, chars: tuple[int, int]) -> tuple[int, int]:
-    """The token span, from the byte lengths of a byte-level tokenizer's tokens, without its offsets.
-
-    Byte-level tokens are the text's bytes, cut: a token's string has one character for each of its bytes, and a
-    special token's string is itself.
-    """
-    specials = set(tokenizer.get_added_vocab())
-    start, end = (len(prompt.prompt_text[:char].encode()) for char in chars)
-    position, inside = 0, []
-    for index, token in enumerate(tokenizer.convert_ids_to_tokens(prompt.input_ids.tolist())):
-        length = len(token.encode()) if token in specials else len(token)
-        if position < end and position + length > start:
-            inside.append(index)
-        position += length
-    assert position == len(prompt.prompt_text.encode())
-    return inside[0], inside[-1] + 1
-
-
-def _tokens_by_offsets(prompt: Prompt, chars: tuple[int, int]) -> tuple[int, int]:
-    inside = [
-        index
-        for index, (left, right) in enumerate(prompt.offset_mapping)
-        if len(set(range(left, right)) & set(range(*chars))) > 0
-    ]
-    return inside[0], inside[-1] + 1
-
-
-def _agrees_with_the_oracle(
-    tokenizer: Any, kind: str, behaviour: Behaviour, prompt: Prompt, contents: Sequence[str]
-) -> None:
-    text, ranges = in_text(behaviour.expected(list(zip(("system", "user", "assistant"), contents, strict=True))))
-    assert prompt.prompt_text == text
-    assert prompt.folded == behaviour.folds
-    for index, span in enumerate(prompt.spans):
-        assert (span.char_start, span.char_end) == ranges[index]
-        by_offsets = _tokens_by_offsets(prompt, ranges[index])
-        expected = _tokens_by_bytes(tokenizer, prompt, ranges[index]) if kind in BYTE_LEVEL else by_offsets
-        assert (span.token_start, span.token_end) == expected
-    changed = {
-        name for name, content, now in zip(prompt.spans._fields, contents, said(prompt), strict=True) if content != now
-    }
-    assert set(prompt.rewritten) == changed
-    verify(prompt, tokenizer)
-
-
 @EVERY_BEHAVIOUR
 @given(contents=contents_of_a_chat)
 @settings(deadline=None, max_examples=50)
-def test_spans_are_the_templates_or_the_sample_is_refused(
-    behaviour: Behaviour, contents: tuple[str, str, str], tokenizers: Callable[[str], Any]
-) -> None:
-    tokenizer = tokenizers("byte_level")
+def test_spans_are_the_templates_or_the_sample_is_refused(behaviour: Behaviour, contents: tuple[str, str, str]) -> None:
+    tokenizer = tokenizer_of("byte_level")
     tokenizer.chat_template = behaviour.template
+    whole, telling = what_is_left(behaviour, list(zip(ROLES, contents, strict=True)))
     try:
         prompt = one(tokenizer, *contents, template_kwargs=dict(behaviour.kwargs))
     except PromptError as error:
         assert "'s1'" in str(error)
-        assert not _is_plain(contents), f"refused for no reason: {error}"
+        assert not is_plain(contents) or not whole, f"refused for no reason: {error}"
         return
-    _agrees_with_the_oracle(tokenizer, "byte_level", behaviour, prompt, contents)
+    assert telling
+    agrees_with_the_oracle(tokenizer, "byte_level", behaviour, prompt, contents)
 
 
 @pytest.mark.parametrize("kind", [*TOKENIZERS, "smollm2"])
-@given(behaviour=st.sampled_from(BEHAVIOURS), contents=contents_of_a_chat)
+@given(behaviour=st.sampled_from(TEMPLATES), contents=contents_of_a_chat)
 @settings(deadline=None, max_examples=120)
-def test_no_kind_of_tokenizer_gets_wrong_spans(
-    kind: str, behaviour: Behaviour, contents: tuple[str, str, str], tokenizers: Callable[[str], Any]
-) -> None:
-    tokenizer = tokenizers(kind)
+def test_no_kind_of_tokenizer_gets_wrong_spans(kind: str, behaviour: Behaviour, contents: tuple[str, str, str]) -> None:
+    tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = behaviour.template
+    whole, telling = what_is_left(behaviour, list(zip(ROLES, contents, strict=True)))
     try:
         prompt = one(tokenizer, *contents, template_kwargs=dict(behaviour.kwargs))
     except PromptError as error:
         assert "'s1'" in str(error)
-        plain = _is_plain(contents) and all(content.isascii() and content == content.strip() for content in contents)
-        assert not (plain and "".join(contents).isprintable()), f"refused for no reason: {error}"
+        plain = is_plain(contents) and all(content.isascii() and content == content.strip() for content in contents)
+        assert not (plain and whole and "".join(contents).isprintable()), f"refused for no reason: {error}"
         return
-    _agrees_with_the_oracle(tokenizer, kind, behaviour, prompt, contents)
+    assert telling
+    agrees_with_the_oracle(tokenizer, kind, behaviour, prompt, contents)
 
 
 @given(contents=contents_of_a_chat, token=st.sampled_from(SPECIAL), place=st.integers(0, 2), data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_a_control_token_in_a_content_is_refused(
-    contents: tuple[str, str, str], token: str, place: int, data: Any, tokenizers: Callable[[str], Any]
+    contents: tuple[str, str, str], token: str, place: int, data: Any
 ) -> None:
-    tokenizer = tokenizers("byte_level")
+    tokenizer = tokenizer_of("byte_level")
     tokenizer.chat_template = CHATML
     at = data.draw(st.integers(0, len(contents[place])))
     spiked = [*contents]
@@ -217,7 +104,7 @@ def test_every_behaviour_is_read_right_for_ordinary_text(behaviour: Behaviour) -
     tokenizer = fast_tokenizer("byte_level")
     tokenizer.chat_template = behaviour.template
     prompt = one(tokenizer, "You are Mara. A.", "Who? A", "A", template_kwargs=dict(behaviour.kwargs))
-    _agrees_with_the_oracle(tokenizer, "byte_level", behaviour, prompt, ["You are Mara. A.", "Who? A", "A"])
+    agrees_with_the_oracle(tokenizer, "byte_level", behaviour, prompt, ["You are Mara. A.", "Who? A", "A"])
     assert prompt.rewritten == ()
 
 
@@ -365,20 +252,21 @@ def test_spans_of_any_number_of_turns_are_the_templates_or_the_sample_is_refused
     system: str | None,
     rounds: list[tuple[str, str]],
     same: bool,
-    tokenizers: Callable[[str], Any],
 ) -> None:
     if same:
         rounds = rounds[:1] * len(rounds)
     turns = [("system", system)] if system is not None else []
     turns += [turn for question, answer in rounds for turn in (("user", question), ("assistant", answer))]
-    tokenizer = tokenizers("byte_level")
+    tokenizer = tokenizer_of("byte_level")
     tokenizer.chat_template = behaviour.template
+    whole, telling = what_is_left(behaviour, turns)
     try:
         prompt = prepare_messages(tokenizer, [("m1", _as_messages(turns))], template_kwargs=dict(behaviour.kwargs))[0]
     except PromptError as error:
         assert "'m1'" in str(error)
-        assert not _is_plain([text for _, text in turns]), f"refused for no reason: {error}"
+        assert not is_plain([text for _, text in turns]) or not whole, f"refused for no reason: {error}"
         return
+    assert telling
     text, ranges = in_text(behaviour.expected(turns))
     assert prompt.prompt_text == text
     wanted = {"template": 0 if system is not None else None, "question": len(turns) - 2, "response": len(turns) - 1}
@@ -387,7 +275,7 @@ def test_spans_of_any_number_of_turns_are_the_templates_or_the_sample_is_refused
             assert (name, span) == ("template", Span(0, 0, 0, 0))
         else:
             assert (span.char_start, span.char_end) == ranges[index]
-            assert (span.token_start, span.token_end) == _tokens_by_bytes(tokenizer, prompt, ranges[index])
+            assert (span.token_start, span.token_end) == tokens_by_bytes(tokenizer, prompt, ranges[index])
     assert prompt.folded == (behaviour.folds and system is not None)
     assert prompt.question == turns[-2][1]
     verify(prompt, tokenizer)
@@ -470,8 +358,8 @@ def test_a_token_that_straddles_two_contents_belongs_to_both() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece_bpe", "smollm2"])
-def test_all_tokens_of_an_emoji_are_selected(kind: str, tokenizers: Callable[[str], Any]) -> None:
-    tokenizer = tokenizers(kind)
+def test_all_tokens_of_an_emoji_are_selected(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = CHATML
     prompt = one(tokenizer, "You are Mara.", "Who?", "😀")
     start, end = prompt.spans.response[2:]
@@ -504,8 +392,8 @@ def test_an_unknown_character_is_text_but_the_unknown_token_spelled_out_is_not()
         one(tokenizer, "You are Mara.", "Who?", "[UNK]")
 
 
-def test_a_character_the_vocabulary_cannot_spell_is_refused(tokenizers: Callable[[str], Any]) -> None:
-    tokenizer = tokenizers("smollm2")
+def test_a_character_the_vocabulary_cannot_spell_is_refused() -> None:
+    tokenizer = tokenizer_of("smollm2")
     tokenizer.chat_template = CHATML
     with pytest.raises(PromptError, match=r"'s1': the answer .* no tokens for some of its characters"):
         one(tokenizer, "You are Mara.", "Who?", "A\U00040000B")
@@ -555,13 +443,13 @@ def test_a_word_level_vocabulary_without_the_word_is_refused() -> None:
         one(tokenizer, "A", "?", "b")
 
 
-def test_a_very_long_chat_is_located_like_a_short_one(tokenizers: Callable[[str], Any]) -> None:
-    tokenizer = tokenizers("smollm2")
+def test_a_very_long_chat_is_located_like_a_short_one() -> None:
+    tokenizer = tokenizer_of("smollm2")
     tokenizer.chat_template = CHATML
     persona = "You are Mara. A user asks the assistant; the assistant says A.\n\n" * 2000
     prompt = one(tokenizer, persona, "A" * 3000, "A")
     assert said(prompt) == [persona, "A" * 3000, "A"]
-    assert (prompt.spans.response.token_start, prompt.spans.response.token_end) == _tokens_by_bytes(
+    assert (prompt.spans.response.token_start, prompt.spans.response.token_end) == tokens_by_bytes(
         tokenizer, prompt, prompt.spans.response[:2]
     )
 
@@ -584,7 +472,7 @@ def test_no_sample_gives_no_prompt() -> None:
     assert prepare_prompts(chatml(), []) == []
 
 
-# --- tokenizers that cannot be used, the digest, verify -------------------------------------------------------------
+# --- tokenizers that cannot be used, the digest  -------------------------------------------------------------
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused_with_the_reason() -> None:
@@ -606,42 +494,6 @@ def test_the_digest_is_of_the_template_in_use() -> None:
     assert template_digest(tokenizer, {"chat_template": "rag"}) == hashlib.sha256(b"b").hexdigest()
     tokenizer.chat_template = "c"
     assert template_digest(tokenizer) == hashlib.sha256(b"c").hexdigest()
-
-
-def _moved(prompt: Prompt, name: str, **change: int) -> Prompt:
-    return replace(prompt, spans=prompt.spans._replace(**{name: getattr(prompt.spans, name)._replace(**change)}))
-
-
-def test_verify_takes_what_prepare_returns_and_nothing_moved() -> None:
-    tokenizer = chatml()
-    prompt = one(tokenizer, "You are Mara.", "Who is it?", "It is Mara.")
-    verify(prompt)
-    for name, span in prompt.spans._asdict().items():
-        outwards = {"char_start": -1, "char_end": 1}
-        for field, step in [*outwards.items(), *((field, step) for field in Span._fields[2:] for step in (-1, 1))]:
-            with pytest.raises(PromptError, match="'s1'"):
-                verify(_moved(prompt, name, **{field: getattr(span, field) + step}))
-
-
-def test_verify_finds_what_does_not_fit() -> None:
-    tokenizer = chatml()
-    prompt = one(tokenizer, "You are Mara.", "Who is it?", "It is Mara.")
-    with pytest.raises(PromptError, match="one length"):
-        verify(replace(prompt, input_ids=prompt.input_ids[1:], is_special=prompt.is_special[1:]))
-    with pytest.raises(PromptError, match="one length"):
-        verify(replace(prompt, offset_mapping=prompt.offset_mapping[1:]))
-    with pytest.raises(PromptError, match="control token"):
-        verify(replace(prompt, is_special=torch.ones_like(prompt.is_special)))
-    with pytest.raises(PromptError, match="is empty or leaves the prompt"):
-        verify(replace(prompt, spans=prompt.spans._replace(response=Span(0, 0, 0, 0))))
-    with pytest.raises(PromptError, match="begins before"):
-        spans = prompt.spans
-        verify(replace(prompt, spans=spans._replace(question=spans.response, response=spans.question)))
-    other = prompt.input_ids.clone()
-    other[prompt.spans.response.token_start] = other[prompt.spans.question.token_start]
-    verify(replace(prompt, input_ids=other))
-    with pytest.raises(PromptError, match="decode to"):
-        verify(replace(prompt, input_ids=other), tokenizer)
 
 
 @pytest.mark.parametrize(("name", "written"), [("system_refused", 1), ("content_as_it_is", 0)])
@@ -682,9 +534,62 @@ def test_offsets_out_of_order_are_refused() -> None:
         one(tokenizer, "You are Mara.", "Who?", "A")
 
 
-def test_verify_finds_a_control_token_at_the_edge_of_the_claimed_text() -> None:
-    prompt = one(chatml(), "You are Mara.", "Who?", "A")
-    inside = replace(prompt, is_special=prompt.is_special.clone())
-    inside.is_special[prompt.spans.response.token_start] = True
-    with pytest.raises(PromptError, match="holds a control token"):
-        verify(inside)
+# --- what templates do with whole chats, and tokenizers with letters -------------------------------------------------
+
+
+def test_a_system_prompt_that_the_template_moves_to_the_last_question_is_found_there() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["mistral"].template
+    turns = [("system", "A"), ("user", "A?"), ("assistant", "A"), ("user", "Who?"), ("assistant", "B")]
+    prompt = prepare_messages(tokenizer, [("m1", _as_messages(turns))])[0]
+    assert prompt.prompt_text == "<s>[INST] A?[/INST] A</s>[INST] A\n\nWho?[/INST] B</s>"
+    assert prompt.spans.template[:2] == (prompt.prompt_text.index("A\n\nWho"), prompt.prompt_text.index("\n\nWho"))
+    assert said(prompt) == ["A", "Who?", "B"]
+    assert not prompt.folded
+    verify(prompt, tokenizer)
+
+
+def test_a_template_that_repeats_the_system_prompt_for_some_chats_is_refused_for_those() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["mistral"].template
+    turns = [("system", "S"), ("user", "Who?"), ("assistant", "A"), ("user", "Who?"), ("assistant", "B")]
+    with pytest.raises(PromptError, match="'m1': the chat template changes the contents and no reading"):
+        prepare_messages(tokenizer, [("m1", _as_messages(turns))])
+
+
+def test_a_date_that_the_template_asks_for_itself_is_part_of_what_it_writes() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["llama3"].template
+    before = datetime.now().year
+    prompt = one(tokenizer, str(before), f"Is it {before}?", str(before))
+    years = {str(year) for year in (before, datetime.now().year)}
+    assert prompt.proof.written[0].splitlines()[-2].removeprefix("Now: ") in years
+    assert said(prompt) == [str(before), f"Is it {before}?", str(before)]
+
+
+def test_letters_with_accents_apart_are_found_where_the_tokenizer_composes_them() -> None:
+    tokenizer = chatml("byte_level_composed")
+    prompt = one(tokenizer, "Tu es Ma\u0301ra.", "E\u0301?", "A\u030a")
+    assert said(prompt) == ["Tu es Ma\u0301ra.", "E\u0301?", "A\u030a"]
+    span = prompt.spans.response
+    assert tokenizer.decode(prompt.input_ids[span.token_start : span.token_end].tolist()) == "\u00c5"
+    verify(prompt, tokenizer)
+
+
+def test_a_control_character_that_the_vocabulary_lacks_is_refused_though_python_calls_it_white_space() -> None:
+    tokenizer = tokenizer_of("smollm2")
+    tokenizer.chat_template = CHATML
+    assert "\x1d".isspace() and not tokenizer("\x1d", add_special_tokens=False)["input_ids"]
+    with pytest.raises(PromptError, match=r"'s1': the answer is 'A\\x1d', but the tokenizer has no token for '\\x1d'"):
+        one(tokenizer, "You are Mara.", "Who?", "A\x1d")
+    tokenizer = chatml()
+    assert said(one(tokenizer, "You are Mara.", "Who?", "A\x1d"))[2] == "A\x1d"
+
+
+def test_spaces_that_a_control_token_takes_in_are_no_content_where_the_template_writes_it() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["phi"].template
+    prompt = one(tokenizer, "  You", "Who?", "A")
+    assert prompt.offset_mapping[0] == (0, len("<|system|>\n  "))
+    assert prompt.spans.template[:3] == (len("<|system|>\n"), len("<|system|>\n  You"), 1)
+    assert said(prompt)[0] == "  You"

@@ -145,13 +145,15 @@ def test_a_full_disk_leaves_what_was_there(store: PersonaVectorStore) -> None:
 def test_a_manifest_that_cannot_be_written_does_not_cost_the_vectors(
     store: PersonaVectorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
-        if path.name == "manifest.json":
-            raise StoreError(f"cannot write {path}") from OSError(errno.ENOSPC, "No space left on device")
-        write_atomically(path, data)
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == "manifest.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_atomically", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(StoreError, match=r"manifest\.json"):
             save(store, "p1")
     assert store.load("templated", "p1").equal(VECTORS)

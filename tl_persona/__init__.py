@@ -60,8 +60,11 @@ _HOME = {
     "monitor": "steering",
     "prepare_inputs": "prepared",
     "project": "steering",
+    "project_text": "projection",
     "resolve_hooks": "hooks",
     "run_extraction": "extraction",
+    "verify": "verification",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -102,8 +105,11 @@ __all__ = [
     "monitor",
     "prepare_inputs",
     "project",
+    "project_text",
     "resolve_hooks",
     "run_extraction",
+    "verify",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -133,10 +139,13 @@ if TYPE_CHECKING:
     from tl_persona.masks import MaskStrategy
     from tl_persona.merging import merge_stores
     from tl_persona.prepared import PreparedInput, prepare_inputs
+    from tl_persona.projection import project_text
+    from tl_persona.report import write_report
     from tl_persona.samples import BASELINE_PERSONA_ID, Persona, PersonaDataset, QAPair
     from tl_persona.steering import Intervention, attach, monitor, project
     from tl_persona.store import PersonaVectorStore
     from tl_persona.vectors import SteeringVector, SteeringVectorSet
+    from tl_persona.verification import verify
 
 
 def __getattr__(name: str) -> Any:

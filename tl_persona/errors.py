@@ -52,3 +52,19 @@ class NotStoredError(StoreError, FileNotFoundError):
 
 class CorruptFileError(StoreError, ValueError):
     """A saved file is truncated, altered or of an unknown version."""
+
+
+class RemoteError(TLPersonaError):
+    """A remote run that did not come to its end; the original error is chained."""
+
+
+class RemoteUnavailableError(RemoteError, ConnectionError):
+    """The server could not be reached, restarted or stayed silent until the deadline: run again to continue."""
+
+
+class RemoteMemoryError(RemoteError, MemoryError):
+    """The server ran out of memory even for one layer of one sample."""
+
+
+class RemoteRefusedError(RemoteError):
+    """The server will not run this, now or later: key, model, versions, or a fault in the request."""

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_persona.backends import open_backend
+from tl_persona.backends import JOURNAL_FOLDER, OnStatus, open_backend
 from tl_persona.errors import InputError
 from tl_persona.hooks import LayerSelection, resolve_hooks
-from tl_persona.jobs import ExtractionResult, OnStatus, VariantJob, pooled_means, provenance_of
+from tl_persona.jobs import ExtractionResult, VariantJob, pooled_means, provenance_of
 from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.plan import Sample
 from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
@@ -53,8 +53,8 @@ def extract_activations(
         input_ids_list: Token ids of each sample, 1-D.
         token_masks: For each sample a mask of the same length, True where the token contributes.
         layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
-        remote: True runs on NDIF.
-        on_status: Told when the work is done (see `OnStatus`).
+        remote: True runs on NDIF; `model` may then be a name.
+        on_status: Told how remote jobs are, and when the work is done (see `OnStatus`).
         batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
         show_progress: Shows a bar on a terminal.
 
@@ -65,6 +65,7 @@ def extract_activations(
         InputError: No samples, or ids and masks that do not fit each other or the model (see `plan.Sample.check`).
         HookError: A layer the model does not have.
         NonFiniteError: An activation holds NaN or infinity.
+        RemoteError: A remote run did not come to its end.
     """
     if len(input_ids_list) != len(token_masks):
         raise InputError(f"{len(input_ids_list)} samples but {len(token_masks)} masks: pass one mask a sample")
@@ -72,7 +73,7 @@ def extract_activations(
         Sample(str(index), torch.as_tensor(ids).cpu(), torch.as_tensor(mask, dtype=torch.bool).cpu()[None])
         for index, (ids, mask) in enumerate(zip(input_ids_list, token_masks, strict=True))
     ]
-    backend = open_backend(model, remote=remote)
+    backend = open_backend(model, remote=remote, on_status=on_status)
     hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
     plan = backend.plan(samples, batch_tokens=batch_tokens)
     (vectors,) = pooled_means(backend, plan, [[0]] * len(samples), 1, hook_names, "extracting", show_progress)
@@ -113,8 +114,8 @@ def run_extraction(
         variants: Which views of the persona to use, such as `("templated", "biography")`.
         persona: The persona; a record of any class with `id`, `name` and `<variant>_view`.
         mask_strategy: One strategy or several.
-        remote: True runs on NDIF.
-        on_status: Told of every vector saved or found (see `OnStatus`).
+        remote: True runs on NDIF; `model` may then be a name.
+        on_status: Told how remote jobs are, and of every vector saved or found (see `OnStatus`).
         verbose: Prints prompts with their masks in colour, and what the plan will cost.
         activations_dir: Root of the store; None is `artifacts/activations`.
         layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
@@ -133,6 +134,7 @@ def run_extraction(
         InputError: Anything wrong with the samples, variants, strategies or layers; before the model runs.
         NonFiniteError: An activation holds NaN or infinity.
         StoreError: The vector cannot be saved.
+        RemoteError: A remote run did not come to its end; run again to continue.
     """
     strategies = as_strategies(mask_strategy)
     if isinstance(variants, str):
@@ -141,11 +143,13 @@ def run_extraction(
         raise InputError("no prompt variant was given: pass at least one")
     if not qa_pairs:
         raise InputError(f"persona {persona.id!r}: no question is left to extract from: widen the selection")
-    backend = open_backend(model, tokenizer=tokenizer, remote=remote)
-    hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
-    used = qa_pairs[:1] if all(strategy.persona_only for strategy in strategies) else qa_pairs
     with ExitStack() as stack:
         target = store or stack.enter_context(PersonaVectorStore(model_name, activations_dir, variants=variants))
+        backend = open_backend(
+            model, tokenizer=tokenizer, remote=remote, on_status=on_status, journal=target.root_dir / JOURNAL_FOLDER
+        )
+        hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
+        used = qa_pairs[:1] if all(strategy.persona_only for strategy in strategies) else qa_pairs
         jobs = []
         for variant in variants:
             system = system_prompt(persona, variant)
@@ -160,8 +164,8 @@ def run_extraction(
             if verbose and job.plan is not None:
                 print_plan(job.plan, backend.facts, len(hook_names))
             jobs.append(job)
-        return [
-            result
-            for job in jobs
-            for result in job.run(backend, target, show_progress=show_progress, on_status=on_status)
-        ]
+        results = []
+        for job in jobs:
+            results += job.run(backend, target, show_progress=show_progress, on_status=on_status)
+            backend.saved()
+        return results

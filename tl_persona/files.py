@@ -1,12 +1,17 @@
-"""Writes files whole or not at all, and refuses names that would leave their folder.
+"""Writes files whole or not at all, reads nothing but files, and refuses names that would leave their folder.
 
-What is in the files is decided elsewhere. Only `StoreError` and `InputError` come out of here.
+What is in the files is decided elsewhere. Reading leaves an `OSError` to the caller, who knows what was wanted;
+otherwise only `StoreError` and `InputError` come out of here.
 """
 
+import errno
+import itertools
 import os
 import secrets
+import stat
 import unicodedata
 from pathlib import Path
+from typing import BinaryIO
 
 from tl_persona.errors import InputError, StoreError
 
@@ -19,8 +24,42 @@ MAX_NAME_BYTES = 200
 _RESERVED = frozenset({"manifest"})
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; what is no file, such as a pipe or a device, may never end or never begin.
+
+    Raises:
+        OSError: There is none, or it is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path) -> bytes:
+    """All of a file; see `open_regular`.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Put `data` at `path` so that a reader sees the old file or the new one, also after a loss of power.
+
+    Args:
+        path: The file.
+        data: All of its bytes.
+        durable: False forgoes the wait for the disk: after a loss of power the file may hold anything.
 
     Raises:
         StoreError: The file system refused. What was at `path` before is still there.
@@ -31,14 +70,27 @@ def write_atomically(path: Path, data: bytes) -> None:
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {reason(error)}; check free space and permissions") from error
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with a number after it the first that nothing has.
+
+    Example:
+        >>> free_name(Path("nowhere/p1.safetensors.damaged")).name
+        'p1.safetensors.damaged'
+    """
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not os.path.lexists(candidate))
 
 
 def fsync_folder(folder: Path) -> None:
@@ -80,7 +132,9 @@ def refuse_outside(path: Path, root: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise StoreError(f"cannot follow the symbolic links of {path}: {reason(error)}") from error
     if not target.is_relative_to(allowed):
-        raise StoreError(f"{path} is a symbolic link to {target}, outside {allowed}: nothing is written through it")
+        raise StoreError(
+            f"{path} is a symbolic link to {target}, outside {allowed}: nothing is read or written through it"
+        )
 
 
 def safe_component(name: str, what: str) -> str:

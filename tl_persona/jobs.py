@@ -3,25 +3,23 @@
 A job is prepared for every variant before any of them runs, so that bad input is found before the model works.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from tl_persona.backends import Backend
+from tl_persona.backends import Backend, OnStatus
 from tl_persona.masks import MaskStrategy
 from tl_persona.plan import Plan
 from tl_persona.prepared import MaskedPrompts
 from tl_persona.progress import token_progress
-from tl_persona.provenance import Provenance, software_versions, text_digest
+from tl_persona.provenance import Provenance, software_versions, text_digest, tokens_digest
 from tl_persona.reducers import PersonaMean
 from tl_persona.samples import PersonaLike
 from tl_persona.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors
-
-OnStatus = Callable[[str, str, str], None]
-"""Called with job id, status and description; the job id of local work is `local`."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,10 @@ class VariantJob:
         masked: Its prompts and masks.
         provenances: For every strategy what decides its vector.
         reasons: For every strategy why what is stored cannot stay.
-        todo: The strategies that are to be computed.
+        todo: The strategies that are to be saved.
+        computed: The strategies that are computed; those of `todo`, and stored ones that share their passes.
         plan: What computes them; None where there is nothing to do.
-        rows: For each sample of the plan, which of `todo`, by index, its mask rows belong to.
+        rows: For each sample of the plan, which of `computed`, by index, its mask rows belong to.
     """
 
     persona: PersonaLike
@@ -70,6 +69,7 @@ class VariantJob:
     provenances: Mapping[MaskStrategy, Provenance]
     reasons: Mapping[MaskStrategy, tuple[str, ...]]
     todo: tuple[MaskStrategy, ...]
+    computed: tuple[MaskStrategy, ...]
     plan: Plan | None
     rows: list[list[int]]
 
@@ -94,10 +94,14 @@ class VariantJob:
         """
         status = {name: store.status(variant, persona.id, provenances[name], name) for name in provenances}
         todo = tuple(name for name, found in status.items() if force or found.state != "same")
-        samples, rows = masked.samples(todo)
+        # After a kill between two saves, the rest comes out of the passes it would have come out of, to the last byte.
+        # Its questions run for any other strategy anyway; for persona-only ones, which ask one, they are not all run.
+        wide = not all(name.persona_only for name in todo)
+        computed = tuple(name for name in provenances if todo and (wide or name.persona_only))
+        samples, rows = masked.samples(computed)
         plan = backend.plan(samples, batch_tokens=batch_tokens) if todo else None
         reasons = {name: found.reasons for name, found in status.items()}
-        return cls(persona, variant, masked, provenances, reasons, todo, plan, rows)
+        return cls(persona, variant, masked, provenances, reasons, todo, computed, plan, rows)
 
     def run(
         self,
@@ -117,25 +121,26 @@ class VariantJob:
         if self.plan is not None:
             hook_names = self.provenances[self.todo[0]].hook_names
             title = f"{self.persona.name} · {self.variant}"
-            means = pooled_means(backend, self.plan, self.rows, len(self.todo), hook_names, title, show_progress)
-            vectors = dict(zip(self.todo, means, strict=True))
+            means = pooled_means(backend, self.plan, self.rows, len(self.computed), hook_names, title, show_progress)
+            vectors = dict(zip(self.computed, means, strict=True))
+        # Persona-only strategies first: what a kill leaves to do then has the wide passes in it (see `prepare`).
+        for strategy in sorted(self.todo, key=lambda name: not name.persona_only):
+            notes = {**backend.notes, **software_versions()}
+            provenance = msgspec.structs.replace(self.provenances[strategy], notes=notes)
+            store.save(
+                self.variant,
+                self.persona.id,
+                self.persona.name,
+                vectors[strategy],
+                provenance.sample_ids,
+                strategy,
+                provenance=provenance,
+            )
         results = []
-        for strategy, provenance in self.provenances.items():
+        for strategy in self.provenances:
             prompts = self.masked.prompts_of(strategy)
-            if strategy in vectors:
-                ids = provenance.sample_ids
-                provenance = msgspec.structs.replace(provenance, notes={**backend.notes, **software_versions()})
-                store.save(
-                    self.variant,
-                    self.persona.id,
-                    self.persona.name,
-                    vectors[strategy],
-                    ids,
-                    strategy,
-                    provenance=provenance,
-                )
             if on_status is not None:
-                state = "COMPLETED" if strategy in vectors else "SKIPPED"
+                state = "COMPLETED" if strategy in self.todo else "SKIPPED"
                 on_status("local", state, f"{self.persona.id} {self.variant} {strategy}")
             results.append(
                 ExtractionResult(
@@ -145,7 +150,7 @@ class VariantJob:
                     persona_name=self.persona.name,
                     strategy=strategy,
                     n_tokens=sum(len(prompt.input_ids) for prompt in prompts),
-                    extracted=strategy in vectors,
+                    extracted=strategy in self.todo,
                     reasons=self.reasons[strategy],
                 )
             )
@@ -163,10 +168,12 @@ def pooled_means(
 ) -> list[LayerVectors]:
     """The mean over samples of each mask; `rows[i]` says which masks the rows of sample i belong to."""
     mean = PersonaMean(n_masks)
-    with token_progress(description, plan.tokens, show=show_progress) as advance:
-        for pooled in backend.pool(plan, hook_names):
-            mean.add(pooled.means, rows[pooled.sample])
-            advance(len(plan.samples[pooled.sample].input_ids))
+    with token_progress(description, plan.tokens, computed=plan.tokens_distinct, show=show_progress) as advance:
+        for total in backend.total(plan, hook_names, rows, n_masks):
+            counts = Counter(mask for sample in total.samples for mask in rows[sample])
+            masks = sorted(counts)
+            mean.add(total.sums[masks], masks, [counts[mask] for mask in masks])
+            advance(sum(len(plan.samples[sample].input_ids) for sample in total.samples))
     return mean.results()
 
 
@@ -185,4 +192,9 @@ def provenance_of(
         strategy=str(strategy),
         prompts_digest=text_digest([prompt.prompt_text for prompt in prompts]),
         sample_ids=tuple(prompt.sample_id for prompt in prompts),
+        tokens_digest=tokens_digest(
+            (prompt.input_ids.numpy().astype("<i8").tobytes(), masked.mask_of(strategy, index).numpy().tobytes())
+            for index, prompt in enumerate(prompts)
+        ),
+        template_digest=prompts[0].proof.template_digest,
     )

@@ -17,8 +17,14 @@ METRICS = ("separation", "split_half", "norm")
 
 @runtime_checkable
 class Measured(Protocol):
-    """What a row needs of a steering vector."""
+    """What a row, or a card, needs of a steering vector."""
 
+    @property
+    def vector(self) -> Any: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def extraction_method(self) -> str: ...
     @property
     def layer_index(self) -> int: ...
     @property
@@ -112,6 +118,29 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _statistics(vector: Measured) -> Mapping[str, Any]:
     found = vector.metadata.get("statistics")
     return found if isinstance(found, Mapping) else {}
+
+
+def facts_of(vector: Measured) -> dict[str, str]:
+    """What is known of one vector, in words; what is not known is left out.
+
+    Example:
+        >>> import torch
+        >>> from tl_persona.vectors import SteeringVector
+        >>> facts_of(SteeringVector("calm", 3, torch.tensor([3.0, 4.0]), "tiny"))["norm"]
+        '5'
+    """
+    tensor, metadata = vector.vector, vector.metadata
+    told = dict(zip(_HEADINGS, _cells(row_of(vector)), strict=True))
+    facts = {
+        "hook": f"{vector.hook_name} (layer {vector.layer_index})",
+        "model": vector.model_name,
+        "tensor": f"{len(tensor)} d_model, {str(tensor.dtype).removeprefix('torch.')}, {tensor.device}",
+        "norm": told["norm"],
+        "method": vector.extraction_method,
+        "token position": str(metadata.get("token_position", "")),
+        **{name: told[name] for name in ("pairs", "split half", "agreement", "AUC", "d'", "note")},
+    }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def score_of(vector: Measured, metric: str) -> tuple[float, ...] | None:

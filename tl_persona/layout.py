@@ -39,13 +39,15 @@ class ChatLayout:
 
     Attributes:
         roles: The role of each content.
-        segments: The fixed text before, between and after the contents.
+        order: The contents by their place in the text: some templates move the system prompt to the last user turn.
+        segments: The fixed text before, between and after the contents, by place.
         trims: What is stripped from each content.
         folded: True where the template takes no system message, so that the system prompt was put in front of the
             first user turn. A template that folds by itself takes one.
     """
 
     roles: tuple[str, ...]
+    order: tuple[int, ...]
     segments: tuple[str, ...]
     trims: tuple[Trim, ...]
     folded: bool
@@ -60,22 +62,27 @@ class ChatLayout:
         Raises:
             PromptError: No reading of the rendering fits the contents, or more than one does.
         """
-        kept = [trim.apply(content) for trim, content in zip(self.trims, contents, strict=True)]
+        placed = [contents[index] for index in self.order]
+        trims = [self.trims[index] for index in self.order]
+        kept = [trim.apply(content) for trim, content in zip(trims, placed, strict=True)]
         if _joined(self.segments, kept) == text:
-            return _ranges(self.segments, kept)
-        readings = _Readings(self, contents, text).find()
+            return self._by_content(_ranges(self.segments, kept))
+        readings = _Readings(self.segments, trims, placed, text).find()
         if len(readings) != 1:
             raise PromptError(
                 f"the chat template changes the contents and {'more than one' if readings else 'no'} reading of the "
                 f"rendering fits them: {_ADVICE}"
             )
-        for (start, end), content, expected in zip(readings[0], contents, kept, strict=True):
+        for (start, end), content, expected in zip(readings[0], placed, kept, strict=True):
             if text[start:end] != expected and _may_be_whole(text, start, end, content):
                 raise PromptError(
                     "what the chat template writes around a content is what that content has there too, so it is open "
                     f"whether the template cut it: {_ADVICE}"
                 )
-        return readings[0]
+        return self._by_content(readings[0])
+
+    def _by_content(self, ranges: Sequence[CharRange]) -> tuple[CharRange, ...]:
+        return tuple(char_range for _, char_range in sorted(zip(self.order, ranges, strict=True)))
 
 
 def as_messages(roles: Sequence[str], contents: Sequence[str], *, folded: bool) -> list[dict[str, str]]:
@@ -111,20 +118,21 @@ def _may_be_whole(text: str, start: int, end: int, content: str) -> bool:
 
 
 class _Readings:
-    """Every way, at most two, to read a rendering as a layout's segments around contiguous pieces of the contents."""
+    """Every way, at most two, to read a rendering as segments around contiguous pieces of the contents, by place."""
 
     _LOOKS = 20_000  # far more than a text of pages needs; keeps a hostile one from taking minutes
 
-    def __init__(self, layout: ChatLayout, contents: Sequence[str], text: str) -> None:
-        self._layout = layout
+    def __init__(self, segments: Sequence[str], trims: Sequence[Trim], contents: Sequence[str], text: str) -> None:
+        self._segments = segments
+        self._trims = trims
         self._contents = contents
         self._text = text
-        self._end = len(text) - len(layout.segments[-1])
+        self._end = len(text) - len(segments[-1])
         self._looks = 0
         self._found: list[tuple[CharRange, ...]] = []
 
     def find(self) -> list[tuple[CharRange, ...]]:
-        head, tail = self._layout.segments[0], self._layout.segments[-1]
+        head, tail = self._segments[0], self._segments[-1]
         if self._text.startswith(head) and self._text.endswith(tail) and len(head) <= self._end:
             self._extend((), len(head))
         return self._found
@@ -132,9 +140,9 @@ class _Readings:
     def _extend(self, done: tuple[CharRange, ...], start: int) -> None:
         """Adds the readings that begin with the ranges `done`, the next content starting at `start`."""
         index = len(done)
-        content, trim = self._contents[index], self._layout.trims[index]
+        content, trim = self._contents[index], self._trims[index]
         last = index == len(self._contents) - 1
-        following = self._layout.segments[index + 1]
+        following = self._segments[index + 1]
         end = self._end if last else self._text.find(following, start, self._end)
         while end >= 0 and len(self._found) < 2:
             self._looks += 1

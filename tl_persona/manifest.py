@@ -1,31 +1,43 @@
-"""The index of one folder of persona vectors: `manifest.json`, and `manifest.pending` beside it.
+"""The index of one folder of persona vectors: what is there, and what `manifest.json` says to others.
 
 The files are the truth. The index spares readers the headers of files that have not changed since they were
 indexed; anything it lacks, or has wrong, is read from the files again, and so it may be lost at any time.
 Rewriting the index for every new file would cost more the more there are. Above `SMALL` bytes, new entries are
 therefore appended to `manifest.pending`, and the index is rewritten once they exceed a fixed share of it.
+The formats are `manifest_files`' work.
 """
 
-import json
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from stat import S_ISREG
+from typing import Any
 
 import msgspec
 from filelock import FileLock, Timeout
 
-from tl_persona.artifact import SUFFIX, ArtifactHeader, read_header
+from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_header
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError, StoreMismatchError
-from tl_persona.files import TEMPORARY_PREFIX, reason, write_atomically
+from tl_persona.files import TEMPORARY_PREFIX, free_name, read_regular, reason
+from tl_persona.manifest_files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PENDING,
+    Entry,
+    FileFacts,
+    Recorded,
+    append_pending,
+    encode_manifest,
+    facts_of,
+    is_entry,
+    read_recorded,
+    write_manifest,
+)
 
-MANIFEST = "manifest.json"
-PENDING = "manifest.pending"
 LOCK = ".manifest.lock"
-FORMAT_VERSION = 1
+DAMAGED_SUFFIX = ".damaged"
 
 SMALL = 64 * 1024
 """Bytes up to which rewriting the index costs no more than the two fsyncs of a save."""
@@ -34,9 +46,6 @@ PENDING_SHARE = 8
 """The index is rewritten when pending entries exceed an eighth of it: nine bytes written for each byte kept."""
 
 _LOCK_SECONDS = 60.0  # The lock is held for one save, or one rewriting: milliseconds, a few seconds at worst.
-_HEAD_BYTES = 4096
-
-Entry = dict[str, Any]
 
 
 class Index(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,46 +54,63 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         shape: `(layer, d_model)` of every vector; None while there are none.
         hook_names: The hooks of the first axis, where a file records them.
-        personas: For every readable file the persona's `name`, `sample_ids` and `file` (`size`, `mtime_ns`), with
-            `digest` where its provenance is known.
+        personas: The entry of every readable file.
+        facts: By the same ids, what tells whether the file has changed since.
         extra: Entries of the manifest that are none of ours, kept as they are.
     """
 
     shape: tuple[int, int] | None
     hook_names: list[str] | None
     personas: dict[str, Entry]
+    facts: dict[str, FileFacts]
     extra: dict[str, Any]
 
+    def encoded(self) -> bytes:
+        """The `manifest.json` that says this."""
+        head: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        if self.shape is not None:
+            head |= {"num_layers": self.shape[0], "hidden_size": self.shape[1]}
+        if self.hook_names is not None:
+            head["hook_names"] = self.hook_names
+        return encode_manifest(head | self.extra, self.personas)
 
-def read_index(folder: Path, *, trust: bool = True) -> Index:
+
+def read_index(folder: Path, *, trust: bool = True, written: str | None = None) -> Index:
     """The index of `folder`, as its files are now; an absent folder is an empty one.
 
     Args:
         folder: The folder of one model, strategy and variant.
-        trust: Whether entries that fit their file's size and time are believed; otherwise every header is read.
+        trust: Whether entries of files that look unchanged are believed; otherwise every header is read.
+        written: A persona whose file was written just now. It is read in any case: within one tick of the clock, an old
+            file and a new one can look alike.
 
     Raises:
         StoreError: The folder cannot be read, or a later version of this package wrote its manifest.
         StoreMismatchError: Two files differ in shape.
     """
-    manifest = _read_manifest(folder)
-    entries: dict[str, Any] = {**manifest["personas"], **_read_pending(folder)}
-    shape = _shape_of(manifest)
+    return _index_of(folder, read_recorded(folder), trust, written)
+
+
+def _index_of(folder: Path, recorded: Recorded, trust: bool, written: str | None) -> Index:
+    shape = recorded.shape
     personas: dict[str, Entry] = {}
-    unread: list[tuple[str, Path, os.stat_result]] = []
-    for persona_id, path, stat in _artifacts(folder):
-        known = entries.get(persona_id)
-        if trust and shape is not None and _is_entry(known) and known.get("file") == _file_facts(stat):
+    facts: dict[str, FileFacts] = {}
+    unread: list[tuple[str, Path]] = []
+    for persona_id, path, stat in artifacts(folder):
+        facts[persona_id] = facts_of(stat)
+        known = recorded.entries.get(persona_id)
+        unchanged = trust and persona_id != written and recorded.facts.get(persona_id) == facts[persona_id]
+        if unchanged and shape is not None and is_entry(known):
             personas[persona_id] = known
         else:
-            unread.append((persona_id, path, stat))
+            unread.append((persona_id, path))
 
     shape_from: Path | None = folder / MANIFEST if personas else None
-    hook_names = _hook_names_of(manifest) if personas else None
-    for persona_id, path, stat in unread:
+    hook_names = recorded.hook_names if personas else None
+    for persona_id, path in unread:
         try:
             header = read_header(path, persona_id)
-            entry = _entry_from(header, stat, manifest["personas"].get(persona_id))
+            entry = entry_from(header, recorded.manifest["personas"].get(persona_id))
             if hook_names is None and header.provenance is not None:
                 hook_names = list(header.provenance.hook_names)
         except StoreError as error:
@@ -105,7 +131,8 @@ def read_index(folder: Path, *, trust: bool = True) -> Index:
         shape=shape if personas else None,
         hook_names=hook_names if personas else None,
         personas=dict(sorted(personas.items())),
-        extra={key: value for key, value in manifest.items() if key not in ours},
+        facts={persona_id: facts[persona_id] for persona_id in sorted(personas)},
+        extra={key: value for key, value in recorded.manifest.items() if key not in ours},
     )
 
 
@@ -135,48 +162,55 @@ def record(folder: Path, path: Path) -> None:
     Raises:
         StoreError: The index cannot be written. The file itself is safe, and readers find it.
     """
+    persona_id = path.name.removesuffix(SUFFIX)
     try:
         manifest_bytes = _size(folder / MANIFEST)
         if manifest_bytes >= SMALL:
-            persona_id = path.name.removesuffix(SUFFIX)
-            line = {"id": persona_id, "entry": _entry_from(read_header(path), path.stat(), None)}
-            _append(folder / PENDING, json.dumps(line).encode() + b"\n")
+            append_pending(folder, persona_id, entry_from(read_header(path), None), facts_of(path.stat()))
+        due = manifest_bytes < SMALL or _size(folder / PENDING) * PENDING_SHARE > manifest_bytes
     except OSError as error:
         raise StoreError(f"cannot index {path}: {reason(error)}; the vectors themselves are saved") from error
-    if manifest_bytes < SMALL or _size(folder / PENDING) * PENDING_SHARE > manifest_bytes:
-        rewrite(folder)
+    if due:
+        rewrite(folder, written=persona_id)
 
 
-def rewrite(folder: Path, *, trust: bool = True) -> Index:
-    """Write `manifest.json` anew from what is in `folder`, whose lock the caller holds.
+def rewrite(folder: Path, *, trust: bool = True, written: str | None = None) -> Index:
+    """Write `manifest.json` anew from what is in `folder`, whose lock the caller holds; see `read_index`.
+
+    A broken manifest is kept beside it, since names that only it had may still be read out of it by eye.
 
     Raises:
         StoreError: The folder cannot be read or written.
     """
-    index = read_index(folder, trust=trust)
-    write_atomically(folder / MANIFEST, _encoded(index))
+    recorded = read_recorded(folder)
+    index = _index_of(folder, recorded, trust, written)
+    leftovers = _leftovers(folder)
     try:
-        (folder / PENDING).unlink(missing_ok=True)
+        if recorded.problem is not None:
+            os.replace(folder / MANIFEST, free_name(folder / f"{MANIFEST}{DAMAGED_SUFFIX}"))
         # Who holds the lock is the only writer: temporary files are what a killed process left.
-        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        for leftover in leftovers:
             leftover.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"cannot clean up {folder}: {reason(error)}") from error
+    write_manifest(folder, index.encoded(), index.facts)
     return index
 
 
 def is_up_to_date(folder: Path) -> bool:
-    """Whether `manifest.json` alone says all there is to say of `folder`."""
+    """Whether `manifest.json` alone says all there is to say of `folder`, and a killed process left nothing there."""
+    if (folder / PENDING).exists() or _leftovers(folder):
+        return False
     try:
-        current = (folder / MANIFEST).read_bytes()
+        current = read_regular(folder / MANIFEST)
     except OSError:
-        return not any(_artifacts(folder))
-    return not (folder / PENDING).exists() and current == _encoded(read_index(folder))
+        return not any(artifacts(folder))
+    return current == read_index(folder).encoded()
 
 
 def any_header(folder: Path) -> ArtifactHeader | None:
     """The header of some readable file, at a cost that does not depend on how many there are."""
-    for persona_id, path, _ in _artifacts(folder):
+    for persona_id, path, _ in artifacts(folder):
         try:
             return read_header(path, persona_id)
         except (CorruptFileError, NotStoredError):
@@ -188,123 +222,48 @@ def name_and_sample_ids(header: ArtifactHeader) -> tuple[str | None, list[str] |
     """The persona's name and sample ids from the file's header, or for another library's file from its manifest."""
     if header.is_ours:
         return header.persona_name, header.sample_ids
-    entry = _read_manifest(header.source.parent)["personas"].get(header.source.name.removesuffix(SUFFIX))
-    return (entry["name"] or None, [str(x) for x in entry["sample_ids"]]) if _is_entry(entry) else (None, None)
+    listed = read_recorded(header.source.parent).manifest["personas"]
+    entry = listed.get(header.source.name.removesuffix(SUFFIX))
+    return (entry["name"] or None, [str(x) for x in entry["sample_ids"]]) if is_entry(entry) else (None, None)
 
 
-def stated_shape(folder: Path) -> tuple[int, int] | None:
-    """The shape at the head of `manifest.json`, read without the rest of it.
+def artifacts(folder: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
+    """Persona id, path and status of every file of vectors in `folder`, in no order; none where it is absent.
 
     Raises:
-        StoreError: A later version of this package wrote the manifest.
+        StoreError: The folder cannot be listed.
     """
-    try:
-        with open(folder / MANIFEST, "rb") as file:
-            head = file.read(_HEAD_BYTES).partition(b'"personas"')[0]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StoreError(f"cannot read {folder / MANIFEST}: {reason(error)}") from error
-    stated = {key: int(value) for key, value in re.findall(rb'"(\w+)"\s*:\s*(\d{1,18})\b', head)}
-    _check_version(folder, stated.get(b"format_version", FORMAT_VERSION))
-    if b"num_layers" in stated and b"hidden_size" in stated:
-        return stated[b"num_layers"], stated[b"hidden_size"]
-    return None
+    for item in _listed(folder):
+        if item.name.endswith(SUFFIX) and not item.name.startswith("."):
+            try:
+                stat = item.stat()
+            except OSError:  # Removed or moved since it was listed, or a link to nothing.
+                continue
+            if S_ISREG(stat.st_mode):
+                yield item.name.removesuffix(SUFFIX), Path(item.path), stat
 
 
-def _artifacts(folder: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
+def _leftovers(folder: Path) -> list[Path]:
+    return [Path(item.path) for item in _listed(folder) if item.name.startswith(TEMPORARY_PREFIX)]
+
+
+def _listed(folder: Path) -> list["os.DirEntry[str]"]:
     try:
         with os.scandir(folder) as listing:
-            for item in listing:
-                if item.name.endswith(SUFFIX) and not item.name.startswith(".") and item.is_file():
-                    yield item.name.removesuffix(SUFFIX), Path(item.path), item.stat()
+            return list(listing)
     except FileNotFoundError:
-        return
+        return []
     except OSError as error:
         raise StoreError(f"cannot list {folder}: {reason(error)}") from error
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        _check_version(folder, manifest.get("format_version", FORMAT_VERSION))
-        if isinstance(manifest.get("personas"), dict):
-            return manifest
-        problem = "it has no mapping 'personas'"
-    except FileNotFoundError:
-        return {"personas": {}}
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        problem = str(error)
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {reason(error)}") from error
-    warnings.warn(f"{path} is damaged ({problem}); reading the files' headers instead", stacklevel=3)
-    return {"personas": {}}
-
-
-def _check_version(folder: Path, version: object) -> None:
-    if version != FORMAT_VERSION:
-        raise StoreError(
-            f"{folder / MANIFEST} is of format version {version!r}, this tl_persona knows version {FORMAT_VERSION}: "
-            "upgrade tl_persona"
-        )
-
-
-def _read_pending(folder: Path) -> dict[str, Any]:
-    try:
-        lines = (folder / PENDING).read_bytes().splitlines()
-    except OSError:
-        return {}
-    entries = {}
-    for line in lines:
-        try:
-            pending = msgspec.json.decode(line, type=dict[str, Any])
-            entries[str(pending["id"])] = pending["entry"]
-        except (msgspec.DecodeError, RecursionError, UnicodeError, KeyError):
-            continue  # A line cut short by a kill: the file's header has what it said.
-    return entries
-
-
-def _shape_of(manifest: dict[str, Any]) -> tuple[int, int] | None:
-    layers, width = manifest.get("num_layers"), manifest.get("hidden_size")
-    return (layers, width) if isinstance(layers, int) and isinstance(width, int) else None
-
-
-def _hook_names_of(manifest: dict[str, Any]) -> list[str] | None:
-    names = manifest.get("hook_names")
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def _is_entry(entry: object) -> TypeGuard[Entry]:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("sample_ids"), list)
-
-
-def _entry_from(header: ArtifactHeader, stat: os.stat_result, previous: object) -> Entry:
+def entry_from(header: ArtifactHeader, previous: object) -> Entry:
     """An entry out of a file's header; only what another library's file does not say comes from `previous`."""
     name, sample_ids = header.persona_name, header.sample_ids
-    if not header.is_ours and _is_entry(previous):
+    if not header.is_ours and is_entry(previous):
         name, sample_ids = previous["name"], previous["sample_ids"]
     entry: Entry = {"name": name or "", "sample_ids": sample_ids or []}
-    if header.digest is not None:
-        entry["digest"] = header.digest
-    return entry | {"file": _file_facts(stat)}
-
-
-def _file_facts(stat: os.stat_result) -> dict[str, int]:
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _encoded(index: Index) -> bytes:
-    """One line a persona: short to read for people, and for tools that compare lines."""
-    head: dict[str, Any] = {"format_version": FORMAT_VERSION}
-    if index.shape is not None:
-        head |= {"num_layers": index.shape[0], "hidden_size": index.shape[1]}
-    if index.hook_names is not None:
-        head["hook_names"] = index.hook_names
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in (head | index.extra).items()]
-    rows = [f"    {json.dumps(persona_id)}: {json.dumps(entry)}" for persona_id, entry in index.personas.items()]
-    personas = "{\n" + ",\n".join(rows) + "\n  }" if rows else "{}"
-    return ("{\n" + ",\n".join([*lines, f'  "personas": {personas}']) + "\n}\n").encode()
+    return entry if header.digest is None else entry | {"digest": header.digest}
 
 
 def _size(path: Path) -> int:
@@ -312,9 +271,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _append(path: Path, line: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    with os.fdopen(handle, "ab") as file:
-        file.write(line)

@@ -24,6 +24,10 @@ class MaskStrategy(StrEnum):
 
     The persona strategies look at the rendered system prompt, the question strategies at the user's turn, the
     answer strategies at the assistant's answer or the token just before it.
+
+    Example:
+        >>> MaskStrategy("answer_first") is MaskStrategy.ANSWER_FIRST, MaskStrategy.PERSONA_MEAN.persona_only
+        (True, True)
     """
 
     PERSONA_MEAN = "persona_mean"
@@ -78,14 +82,17 @@ class SpanBatch:
             raise InputError("there is no prompt to mask: pass at least one")
         if padding_side not in ("left", "right"):
             raise InputError(f"unknown padding side {padding_side!r}: choose left or right")
-        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+        cpu = torch.device("cpu")  # where prompts are, whatever torch's default device is
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=cpu)
         width = int(lengths.max())
         shift = (width - lengths if padding_side == "left" else torch.zeros_like(lengths))[:, None]
-        pos = torch.arange(width)
+        pos = torch.arange(width, device=cpu)
         is_token = (pos >= shift) & (pos < shift + lengths[:, None])
         is_special = torch.zeros_like(is_token)
         is_special[is_token] = torch.cat([prompt.is_special for prompt in prompts])
-        spans = torch.tensor([[span[2:] for span in prompt.spans] for prompt in prompts]) + shift[:, :, None]
+        spans = (
+            torch.tensor([[span[2:] for span in prompt.spans] for prompt in prompts], device=cpu) + shift[:, :, None]
+        )
         template, question, response = spans.to(device).unbind(dim=1)
         ids = tuple(prompt.sample_id for prompt in prompts)
         return cls(template, question, response, is_special.to(device), is_token.to(device), ids)

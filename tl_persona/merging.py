@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from tl_persona import manifest
-from tl_persona.artifact import SUFFIX, ArtifactHeader, decode, read_bytes, read_header
+from tl_persona.agreement import disagreements, facts_of_folder, facts_of_header
+from tl_persona.artifact import decode
+from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_header
 from tl_persona.errors import InputError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.files import make_folder, reason, refuse_outside, write_atomically
+from tl_persona.manifest_files import FORMAT_VERSION, MANIFEST
 
 OnConflict: TypeAlias = Literal["error", "keep", "replace"]
 
@@ -129,31 +132,16 @@ def _variant_folders(root: Path) -> Iterator[Path]:
 
 def _refuse_mismatches(folder: Path, incoming: _Incoming) -> None:
     """Compares every incoming header with one of the target, or with the first of them."""
-    stated = manifest.stated_shape(folder)
-    held = manifest.any_header(folder)
-    alike: dict[str, tuple[Any, Path]] = {}
-    if held is not None:
-        alike = _to_agree(held)
-    elif stated is not None:
-        alike = {"shape": (stated, folder / manifest.MANIFEST)}
+    held = facts_of_folder(folder)
     for headers in incoming.values():
         for header in headers:
-            for what, (here, path) in _to_agree(header).items():
-                there, other = alike.setdefault(what, (here, path))
-                if here != there:
-                    raise StoreMismatchError(
-                        f"{path} and {other} cannot lie in one folder: their {what} are {here!r} and {there!r}. "
-                        "Merge them into different roots"
-                    )
-
-
-def _to_agree(header: ArtifactHeader) -> dict[str, tuple[Any, Path]]:
-    """What all files of a folder share, as far as this one says it."""
-    facts: dict[str, Any] = {"shape": header.shape}
-    provenance = header.provenance
-    if provenance is not None:
-        facts |= {"hook_names": provenance.hook_names, "weights": provenance.weights}
-    return {what: (value, header.source) for what, value in facts.items()}
+            facts = facts_of_header(header)
+            for what, (there, other), (here, path) in disagreements(held, facts):
+                raise StoreMismatchError(
+                    f"{path} and {other} cannot lie in one folder: their {what} are {here!r} and {there!r}. "
+                    "Merge them into different roots"
+                )
+            held = facts | held
 
 
 def _refuse_conflicts(folder: Path, incoming: _Incoming) -> None:
@@ -187,6 +175,9 @@ def _same(first: ArtifactHeader, second: ArtifactHeader) -> bool:
     """Whether both would be computed alike; without provenance on either side, whether the files are equal."""
     if first.digest is None and second.digest is None:
         return read_bytes(first.source) == read_bytes(second.source)
+    there, here = first.provenance, second.provenance
+    if there is not None and here is not None:
+        return not there.differences(here)  # an earlier version's digest covers fewer fields
     return first.digest == second.digest
 
 
@@ -245,5 +236,5 @@ def _index_names(folder: Path, copied: list[ArtifactHeader]) -> None:
         entry = sources[header.source.parent][persona_id]
         personas[persona_id] = {"name": entry["name"], "sample_ids": entry["sample_ids"]}
     shape = {} if index.shape is None else dict(zip(("num_layers", "hidden_size"), index.shape, strict=True))
-    document = {"format_version": manifest.FORMAT_VERSION, **shape, **index.extra, "personas": personas}
-    write_atomically(folder / manifest.MANIFEST, json.dumps(document).encode())
+    document = {"format_version": FORMAT_VERSION, **shape, **index.extra, "personas": personas}
+    write_atomically(folder / MANIFEST, json.dumps(document).encode())

@@ -5,8 +5,9 @@ plan finds such shared beginnings (`tries`), has each of them computed once, and
 row, or several side by side where the model can be kept from mixing them. Running a plan is the backends' work.
 """
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from jaxtyping import Bool, Int
@@ -20,6 +21,15 @@ DEFAULT_BATCH_TOKENS = 1024
 
 PACKED_ROW_TOKENS = 512
 """Rows of packed texts grow no longer than this: attention is computed over the whole row and then masked."""
+
+ROW_SHARES = (1, 2, 3, 4, 6, 8)
+"""Packed rows that continue a prefix may be this many times shorter: less is computed and masked, more is padded."""
+
+KEYS_A_TOKEN = 8192
+"""Keys that cost a token as much attention as all its other work: about six times d_model, of a small model."""
+
+TOKENS_A_PASS = 32
+"""Tokens that cost as much as starting one more pass."""
 
 CACHED_ROWS = 8
 """Rows that continue one prefix side by side: its keys and values are copied for each of them."""
@@ -86,6 +96,13 @@ class Sample:
                 "or the answer, or load the model with a longer context"
             )
 
+    def needed(self) -> "Sample":
+        """The sample up to the last position that a mask selects: what follows cannot change it, and need not run."""
+        stop = int(self.masks.any(dim=0).nonzero()[-1]) + 1
+        if stop == len(self.input_ids):
+            return self
+        return replace(self, input_ids=self.input_ids[:stop], masks=self.masks[:, :stop])
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -150,7 +167,7 @@ class Plan:
     """What runs, in which order, and what it costs.
 
     Attributes:
-        samples: All samples, in the caller's order.
+        samples: All samples, in the caller's order, each up to the last position that a mask selects.
         passes: In the order to run them.
         sharing: What the model was taken to be capable of.
         tokens: Tokens of all samples.
@@ -212,6 +229,7 @@ def make_plan(
             raise InputError(f"{name} must be at least 1, got {limit}")
     for sample in samples:
         sample.check(n_ctx)
+    samples = [sample.needed() for sample in samples]
     if sharing is Sharing.NONE:
         layout = _Layout(budget, max_rows, packs=False)
         layout.single += [Row((Segment((index,), 0, len(each.input_ids)),)) for index, each in enumerate(samples)]
@@ -261,26 +279,24 @@ class _Layout:
                 waiting += node.children
 
     def _add_chain(self, node: Node) -> None:
-        pieces = _pieces(node, self._row_tokens)
-        if self._packs:  # a packed row already fills a pass
-            groups = [[row] for row in self._filled(pieces)]
+        pieces = list(_pieces(node, self._row_tokens))
+        limit = CACHED_ROWS if self._max_rows is None else min(self._max_rows, CACHED_ROWS)
+        if self._packs:
+            groups = self._side_by_side(pieces, node.stop, limit)
         else:  # rows of one sample share one
-            limit = CACHED_ROWS if self._max_rows is None else min(self._max_rows, CACHED_ROWS)
             groups = self._cut([Row(piece) for piece in pieces], limit)
         self._chains.append((Row((Segment(node.members, 0, node.stop),)), groups))
 
-    def _filled(self, pieces: Iterable[tuple[Segment, ...]]) -> list[Row]:
-        """Pieces side by side, filled in order."""
-        rows: list[list[Segment]] = []
-        filled = 0
-        for piece in pieces:
-            length = sum(map(len, piece))
-            if not rows or filled + length > self._row_tokens:
-                rows.append([])
-                filled = 0
-            rows[-1].extend(piece)
-            filled += length
-        return [Row(tuple(row)) for row in rows]
+    def _side_by_side(self, pieces: Sequence[tuple[Segment, ...]], context: int, max_rows: int) -> list[list[Row]]:
+        """Passes of rows of several pieces each: few long rows, or more and shorter ones, whatever is cheapest."""
+        pieces = sorted(pieces, key=_tokens, reverse=True)
+        layouts = [self._cut(_filled(pieces, self._row_tokens), max_rows)]
+        for share in ROW_SHARES:
+            width = max(1, self._row_tokens // share)
+            rows = _spread(pieces, -(-sum(map(_tokens, pieces)) // width))
+            if all(len(row) <= self._row_tokens or len(row.segments) == 1 for row in rows):
+                layouts.append(self._cut(rows, max_rows))
+        return min(layouts, key=lambda groups: sum(_cost(group, context) for group in groups))
 
     def passes(self) -> tuple[Pass, ...]:
         """Everything added, the largest passes first, so that a budget that is too large fails at once."""
@@ -304,6 +320,41 @@ class _Layout:
             else:
                 groups.append([row])
         return groups
+
+
+def _tokens(piece: Iterable[Segment]) -> int:
+    return sum(map(len, piece))
+
+
+def _filled(pieces: Iterable[tuple[Segment, ...]], row_tokens: int) -> list[Row]:
+    """Pieces side by side, a row at a time."""
+    rows: list[list[Segment]] = []
+    filled = 0
+    for piece in pieces:
+        length = _tokens(piece)
+        if not rows or filled + length > row_tokens:
+            rows.append([])
+            filled = 0
+        rows[-1].extend(piece)
+        filled += length
+    return [Row(tuple(row)) for row in rows]
+
+
+def _spread(pieces: Iterable[tuple[Segment, ...]], n_rows: int) -> list[Row]:
+    """Pieces, the longest first, each put to the row that is shortest so far: rows of much the same length."""
+    rows: list[list[Segment]] = [[] for _ in range(n_rows)]
+    filled = [(0, index) for index in range(n_rows)]
+    for piece in pieces:
+        length, index = filled[0]
+        rows[index].extend(piece)
+        heapq.heapreplace(filled, (length + _tokens(piece), index))
+    return [Row(tuple(row)) for row in rows if row]
+
+
+def _cost(rows: Sequence[Row], context: int) -> float:
+    """What a pass costs, in tokens: padding runs, and what is masked is computed first."""
+    width = max(map(len, rows))
+    return TOKENS_A_PASS + len(rows) * width * (1 + (context + width) / KEYS_A_TOKEN)
 
 
 def _worth_keeping(tree: Node, row_tokens: int) -> set[Node]:

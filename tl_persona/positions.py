@@ -30,10 +30,12 @@ class ContrastTexts:
     Attributes:
         samples: Positive and negative of the first pair, of the second, and so on; one mask row each.
         texts: What was tokenized, in the same order.
+        template_digest: Of the chat template in use; None where all texts are raw.
     """
 
     samples: tuple[Sample, ...]
     texts: tuple[str, ...]
+    template_digest: str | None
 
 
 def contrast_texts(
@@ -72,7 +74,7 @@ def contrast_texts(
             ids, mask = prompts[name].input_ids, chat_masks[name]
             texts.append(prompts[name].prompt_text)
         samples.append(Sample(name, ids, mask[None]))
-    return ContrastTexts(tuple(samples), tuple(texts))
+    return ContrastTexts(tuple(samples), tuple(texts), rendered[0].proof.template_digest if rendered else None)
 
 
 def _check(position: TokenPosition) -> None:

@@ -12,22 +12,34 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_persona.masks import MaskStrategy, SpanBatch, build_masks
+from tl_persona.cards import Card, Shown
+from tl_persona.masks import MaskStrategy, SpanBatch, as_strategy, build_masks
 from tl_persona.plan import Sample
 from tl_persona.prompts import Chat, Prompt, prepare_prompts
 from tl_persona.samples import QALike, answer_text, question_text
 from tl_persona.tensors import TokenMask
+from tl_persona.token_view import Piece, TokenView, token_texts
 
 
 @dataclass(frozen=True)
-class PreparedInput(Prompt):
+class PreparedInput(Prompt, Shown):
     """A rendered chat, its spans, and the mask of one strategy.
 
     Attributes:
         token_mask: True where the token contributes, shape (pos,); aligned with `input_ids`.
+        mask_strategy: The strategy.
     """
 
     token_mask: Bool[Tensor, "pos"]
+    mask_strategy: MaskStrategy
+
+    def _card(self) -> Card:
+        facts = {
+            "question": self.question,
+            "strategy": str(self.mask_strategy),
+            "selected": f"{int(self.token_mask.sum())} of {len(self.input_ids)} tokens",
+        }
+        return Card(f"prepared input {self.sample_id}", facts, _masked_view(self))
 
 
 def prepare_inputs(
@@ -50,14 +62,16 @@ def prepare_inputs(
     Raises:
         InputError: A pair that cannot be rendered, located or masked; names the sample.
     """
+    strategy = as_strategy(mask_strategy)
     prompts = persona_prompts(tokenizer, system_prompt, qa_pairs, template_kwargs=template_kwargs)
     if not prompts:
         return []
-    masks = build_masks(SpanBatch.of(prompts), mask_strategy)
+    masks = build_masks(SpanBatch.of(prompts), strategy)
     return [
         PreparedInput(
             **{field.name: getattr(prompt, field.name) for field in fields(Prompt)},
             token_mask=mask[: len(prompt.input_ids)],
+            mask_strategy=strategy,
         )
         for prompt, mask in zip(prompts, masks, strict=True)
     ]
@@ -77,6 +91,31 @@ def persona_prompts(
     """
     chats = [Chat(qa.qid, system_prompt, question_text(qa), answer_text(qa)) for qa in qa_pairs]
     return prepare_prompts(tokenizer, chats, template_kwargs=template_kwargs)
+
+
+_SPAN_STYLES = {
+    "template": ("cyan", "border-bottom:2px solid #0072B2"),
+    "question": ("yellow", "border-bottom:2px solid #E69F00"),
+    "response": ("green", "border-bottom:2px solid #009E73"),
+}
+_SPOKEN = {"template": "persona", "question": "question", "response": "answer"}
+
+
+def _masked_view(prompt: PreparedInput) -> TokenView:
+    """The text with its spans underlined in a colour each, and the selected tokens marked."""
+    pieces = []
+    texts = token_texts(prompt.prompt_text, prompt.offset_mapping)
+    for index, ((gap, text), selected) in enumerate(zip(texts, prompt.token_mask.tolist(), strict=True)):
+        if gap:
+            pieces.append(Piece(gap))
+        spans = zip(prompt.spans._fields, prompt.spans, strict=True)
+        name = next((name for name, span in spans if span.token_start <= index < span.token_end), None)
+        rich, css = ("", "") if name is None else _SPAN_STYLES[name]
+        if selected:
+            rich, css = f"{rich} bold reverse", f"{css};background:#ffe08a;font-weight:bold"
+        tip = " ".join([*([] if name is None else [_SPOKEN[name]]), *(["selected"] if selected else [])])
+        pieces.append(Piece(text, rich.strip(), css, tip))
+    return TokenView(tuple(pieces))
 
 
 class MaskedPrompts:

@@ -8,12 +8,15 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def token_progress(description: str, total_tokens: int, *, show: bool = True) -> Iterator[Advance]:
-    """A bar that counts tokens, with their rate and the time left.
+def token_progress(
+    description: str, total_tokens: int, *, computed: int | None = None, show: bool = True
+) -> Iterator[Advance]:
+    """A bar that counts tokens, with their rate, the time left, and how many of them need not be computed.
 
     Args:
         description: What is running.
-        total_tokens: When the bar is full.
+        total_tokens: When the bar is full: the tokens of all texts, as a caller counts them.
+        computed: How many of them the plan computes, each shared beginning once; None where nothing is shared.
         show: False keeps it silent on a terminal too.
     """
     from rich.console import Console
@@ -30,6 +33,7 @@ def token_progress(description: str, total_tokens: int, *, show: bool = True) ->
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+        TextColumn(cache_hits(total_tokens, computed), style="green"),
         TokenRate(),
         TimeRemainingColumn(),
         console=console,
@@ -39,3 +43,14 @@ def token_progress(description: str, total_tokens: int, *, show: bool = True) ->
     with bar:
         task = bar.add_task(description, total=total_tokens)
         yield lambda tokens: bar.advance(task, tokens)
+
+
+def cache_hits(total_tokens: int, computed: int | None) -> str:
+    """The share of tokens that need not be computed because another text begins with them; empty where there is none.
+
+    Example:
+        >>> cache_hits(1000, 150), cache_hits(1000, 1000), cache_hits(1000, None)
+        ('85% shared', '', '')
+    """
+    shared = 0.0 if computed is None or not total_tokens else 1 - computed / total_tokens
+    return f"{shared:.0%} shared" if shared >= 0.005 else ""

@@ -1,7 +1,7 @@
 """Renders and tokenizes chats, with the proven spans of system prompt, question and answer.
 
 Where a content lies in the rendering is proven by `templates` and `layout`, which tokens cover it by `spans`; the texts
-come from `samples` and `contrast`. Building masks from spans is `masks`' work.
+come from `samples` and `contrast`. Building masks is `masks`' work, checking a prompt again `verification`'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import FOLD_SEPARATOR, CharRange, ChatLayout
-from tl_persona.spans import NO_SPAN, PromptSpans, Span, TokenAligner, check_spans
+from tl_persona.layout import FOLD_SEPARATOR, CharRange, ChatLayout, Trim
+from tl_persona.proofs import Change, ContentProof, SpanProof
+from tl_persona.spans import NO_SPAN, PromptSpans, Span, TokenAligner
 from tl_persona.templates import (
     ChatTokenizer,
     learn_layout,
@@ -35,7 +36,6 @@ __all__ = [
     "prepare_prompts",
     "require_chat_tokenizer",
     "template_digest",
-    "verify",
 ]
 
 
@@ -51,10 +51,7 @@ class Prompt:
         offset_mapping: For each token its half-open character range in `prompt_text`.
         input_ids: Token ids, shape (pos,).
         is_special: True at the tokenizer's special tokens, shape (pos,).
-        folded: True where the template takes no system message, so that the system prompt was put in front of the
-            first user turn.
-        rewritten: The contents that the template trimmed or cut: `template`, `question`, `response`, or `message 2`
-            and the like for an earlier turn.
+        proof: How the spans were found, and what the template made of the contents.
     """
 
     sample_id: str
@@ -64,8 +61,17 @@ class Prompt:
     offset_mapping: list[tuple[int, int]]
     input_ids: Int[Tensor, "pos"]
     is_special: Bool[Tensor, "pos"]
-    folded: bool
-    rewritten: tuple[str, ...]
+    proof: SpanProof
+
+    @property
+    def folded(self) -> bool:
+        """True where the template takes no system message, so that the first user turn has the system prompt too."""
+        return self.proof.folded
+
+    @property
+    def rewritten(self) -> tuple[str, ...]:
+        """The contents that the template trimmed or cut: `template`, `question`, `response`, `message 2` and so on."""
+        return self.proof.rewritten
 
 
 class Chat(NamedTuple):
@@ -121,31 +127,6 @@ def prepare_messages(
     return _prepare(tokenizer, [_conversation(*sample) for sample in samples], template_kwargs)
 
 
-def verify(prompt: Prompt, tokenizer: Any = None) -> None:
-    """Checks what is promised of a prompt: its span tokens are exactly those that overlap the claimed text.
-
-    Args:
-        prompt: What `prepare_prompts`, `prepare_messages` or `prepare_inputs` returned.
-        tokenizer: The tokenizer it was made with. With it, the tokens are decoded too, and must give the text.
-
-    Raises:
-        PromptError: Ids, offsets and special-token mask differ in length; a span is empty, outside the text or out of
-            order; its tokens are not those that overlap it, or are control tokens; or they decode to other text.
-    """
-    ids, special = prompt.input_ids.cpu().numpy(), prompt.is_special.cpu().numpy()
-    offsets = np.array(prompt.offset_mapping, dtype=np.int64).reshape(-1, 2)
-    if not len(ids) == len(offsets) == len(special):
-        raise PromptError(
-            f"sample {prompt.sample_id!r}: {len(ids)} token ids, {len(offsets)} offsets and a special-token mask of "
-            f"{len(special)}: they must have one length"
-        )
-    aligner = None if tokenizer is None else TokenAligner(tokenizer)
-    try:
-        check_spans(prompt.prompt_text, prompt.spans, ids, offsets, special, aligner)
-    except PromptError as error:
-        raise PromptError(f"sample {prompt.sample_id!r}: {error}") from error
-
-
 class _Conversation(NamedTuple):
     """The contents of one chat and their roles; the last is the answer."""
 
@@ -158,7 +139,7 @@ class _Conversation(NamedTuple):
         return len(self.roles) - 1 - self.roles[::-1].index("user")
 
     def name(self, index: int) -> str:
-        """What a content is called in `Prompt.rewritten`."""
+        """What a content is called in a `ContentProof`."""
         if self.roles[index] == "system":
             return "template"
         if index == len(self.roles) - 1:
@@ -207,9 +188,10 @@ def _prepare(
     texts = [text for _, text, _ in rendered]
     encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
     aligner = TokenAligner(tokenizer)
+    digest = template_digest(tokenizer, template_kwargs)
     encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     return [
-        _assemble(conversation, *parts, ids, offsets, aligner)
+        _assemble(conversation, *parts, ids, offsets, aligner, digest)
         for conversation, parts, (ids, offsets) in zip(conversations, rendered, encoded, strict=True)
     ]
 
@@ -263,18 +245,20 @@ def _assemble(
     ids: Sequence[int],
     offsets: Sequence[tuple[int, int]],
     aligner: TokenAligner,
+    digest: str,
 ) -> Prompt:
     id_row, offset_rows = np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)
     special = aligner.special(text, id_row, offset_rows)
-    spans, rewritten = {}, []
+    spans, contents = {}, []
     for index, (char_range, content) in enumerate(zip(char_ranges, conversation.contents, strict=True)):
         name = conversation.name(index)
         try:
             spans[name] = aligner.span(text, char_range, id_row, offset_rows, special)
         except PromptError as error:
             raise PromptError(f"sample {conversation.sample_id!r}: the {_SPOKEN.get(name, name)} {error}") from error
-        if text[slice(*char_range)] != content:
-            rewritten.append(name)
+        added = aligner.added_tokens(spans[name], id_row)
+        change = _change(layout.trims[index], content, text[slice(*char_range)])
+        contents.append(ContentProof(name, char_range, change, added))
     return Prompt(
         sample_id=conversation.sample_id,
         question=conversation.contents[conversation.question],
@@ -283,6 +267,11 @@ def _assemble(
         offset_mapping=[(left, right) for left, right in offsets],
         input_ids=torch.from_numpy(id_row),
         is_special=torch.from_numpy(special),
-        folded=layout.folded,
-        rewritten=tuple(rewritten),
+        proof=SpanProof(tuple(contents), layout.segments, layout.folded, digest),
     )
+
+
+def _change(trim: Trim, content: str, now: str) -> Change:
+    if now == content:
+        return Change.KEPT
+    return Change.TRIMMED if now == trim.apply(content) else Change.CUT

@@ -7,7 +7,7 @@ recorded beside it: they move results by rounding at most, so they do not invali
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,11 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
         strategy: Mask strategy or token position.
         prompts_digest: `text_digest` of the rendered prompts, in sample order.
         sample_ids: The ids of the samples, in order.
+        tokens_digest: `tokens_digest` of the token ids and masks, in sample order; None where it was not recorded,
+            which leaves a comparison to the other fields.
+        template_digest: `templates.template_digest` of the chat template in use; None for text without a template, or
+            where it was not recorded. It decides nothing by itself: another template that renders and masks the same
+            prompts gives the same vector.
         notes: Facts that do not decide the numbers beyond rounding: versions, model class, backend, path taken.
 
     Example:
@@ -38,6 +43,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
         True
         >>> a.differences(msgspec.structs.replace(a, dtype="bfloat16"))
         ["dtype: 'float32' is now 'bfloat16'"]
+        >>> a.differences(msgspec.structs.replace(a, template_digest="t", tokens_digest="i"))
+        []
     """
 
     model_name: str
@@ -48,11 +55,13 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     strategy: str
     prompts_digest: str
     sample_ids: tuple[str, ...]
+    tokens_digest: str | None = None
+    template_digest: str | None = None
     notes: dict[str, Any] = {}
 
     def digest(self) -> str:
         """SHA-256, in hex, of every field that decides the numbers."""
-        decisive = {name: getattr(self, name) for name in _DECISIVE}
+        decisive = {name: getattr(self, name) for name in _DECISIVE if name not in _OPTIONAL or getattr(self, name)}
         canonical = json.dumps(decisive, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -61,12 +70,14 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
         lines = []
         for name in _DECISIVE:
             recorded, now = getattr(self, name), getattr(current, name)
-            if recorded != now:
+            unknown = name in _OPTIONAL and None in (recorded, now)
+            if recorded != now and not unknown:
                 lines.append(f"{name}: {_short(recorded)} is now {_short(now)}")
         return lines
 
 
-_DECISIVE = tuple(name for name in Provenance.__struct_fields__ if name != "notes")
+_DECISIVE = tuple(name for name in Provenance.__struct_fields__ if name not in ("template_digest", "notes"))
+_OPTIONAL = ("tokens_digest",)
 
 
 def text_digest(texts: Sequence[str]) -> str:
@@ -76,6 +87,23 @@ def text_digest(texts: Sequence[str]) -> str:
         encoded = text.encode("utf-8", "surrogatepass")
         hasher.update(len(encoded).to_bytes(8, "big"))
         hasher.update(encoded)
+    return hasher.hexdigest()
+
+
+def tokens_digest(rows: Iterable[tuple[bytes, bytes]]) -> str:
+    """SHA-256, in hex, of token ids and masks, as bytes of one fixed width, text by text in order.
+
+    Example:
+        >>> tokens_digest([(b"abc", b"011")]) == tokens_digest([(b"abc", b"110")])
+        False
+        >>> tokens_digest([(b"abc", b"011")]) == tokens_digest([(b"ab", b"01"), (b"c", b"1")])
+        False
+    """
+    hasher = hashlib.sha256()
+    for row in rows:
+        for part in row:
+            hasher.update(len(part).to_bytes(8, "big"))
+            hasher.update(part)
     return hasher.hexdigest()
 
 

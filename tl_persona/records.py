@@ -110,6 +110,11 @@ class QAPair(msgspec.Struct, frozen=True):
         bank_id: The item bank's slot this was made from; two questions of one slot ask for the same fact.
         related_frq_qids: The free-response questions that a shared multiple-choice question was made from.
         id: The id of its persona.
+
+    Example:
+        >>> pair = QAPair("q1", "implicit", "mcq", "shared", "Tea or coffee?", "Tea", ("Coffee", "Tea"), 1, id="p1")
+        >>> pair.choices[pair.correct_choice_index] == pair.answer
+        True
     """
 
     qid: str

@@ -28,12 +28,12 @@ class PersonaMean:
         self._sums: list[Float[Tensor, "hook d_model"] | None] = [None] * n_masks
         self._counts = [0] * n_masks
 
-    def add(self, means: PooledMeans, masks: Sequence[int]) -> None:
-        """Adds one sample, whose rows belong to the given masks."""
-        for row, mask in zip(means.double(), masks, strict=True):
+    def add(self, means: PooledMeans, masks: Sequence[int], counts: Sequence[int] | None = None) -> None:
+        """Adds one sample, whose rows belong to the given masks; or sums over as many samples as `counts` says."""
+        for row, mask, count in zip(means.double(), masks, counts or [1] * len(masks), strict=True):
             so_far = self._sums[mask]
             self._sums[mask] = row.clone() if so_far is None else so_far + row
-            self._counts[mask] += 1
+            self._counts[mask] += count
 
     def results(self) -> list[LayerVectors]:
         """The mean of each mask in float32, shape (hook, d_model).

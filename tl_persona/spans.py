@@ -7,7 +7,8 @@ right is checked by decoding the tokens. Character ranges come from `layout`; ma
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -59,6 +60,8 @@ def _covered(offsets: Offsets, start: int, end: int) -> Bool[np.ndarray, "char"]
 
 
 _PROBE = "A b  C\n\n d é"
+_COMPOSABLE = "e\u0301 \ufb01"  # a letter and its accent; two letters in one
+_FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
 
 
 class TokenAligner:
@@ -76,6 +79,10 @@ class TokenAligner:
         self._checked: set[tuple[str, bytes]] = set()
         # Others lower-case, normalize or have unknown words: what they decode to is compared after the same loss.
         self._keeps_text = self._decode(self._encode(_PROBE)) == _PROBE
+        composed = self._decode(self._encode(_COMPOSABLE))
+        forms = (form for form in _FORMS if self._keeps_text and composed == normalize(form, _COMPOSABLE))
+        self._form = next(forms, None)
+        self._added = {index: token.content for index, token in added.items() if not token.special}
 
     def special(self, text: str, ids: Int[np.ndarray, "token"], offsets: Offsets) -> Bool[np.ndarray, "token"]:
         """Which tokens are control tokens. The unknown token is one only where the text spells it out."""
@@ -111,7 +118,10 @@ class TokenAligner:
                 )
             mine[index] = False  # the template's own token, of the kind that swallows white space beside it
         inside = np.flatnonzero(mine)
-        lost = [text[place] for place in start + np.flatnonzero(~_covered(offsets, start, end)) if text[place].strip()]
+        drops_white_space = not self._keeps_text or self._trims_offsets()
+        lost = [text[place] for place in start + np.flatnonzero(~_covered(offsets, start, end))]
+        # A mark that was composed with its letter has no range of its own; decoding shows whether it is there.
+        lost = [c for c in lost if (self._form is None if c.strip() else not drops_white_space)]
         if lost or not len(inside):
             raise PromptError(
                 f"is {_short(text[start:end])}, but the tokenizer has no token for "
@@ -137,12 +147,13 @@ class TokenAligner:
             PromptError: They do not, even allowing for what the tokenizer normalizes.
         """
         own_ids, own_offsets = ids[span.token_start : span.token_end], offsets[span.token_start : span.token_end]
-        covered = text[own_offsets[:, 0].min() : own_offsets[:, 1].max()]
+        end = own_offsets[:, 1].max()
+        covered = text[own_offsets[:, 0].min() : end if self._form is None else max(end, span.char_end)]
         key = (covered, own_ids.tobytes())  # the persona of a run is the same in every sample
         if key in self._checked:
             return
         decoded = self._decode(own_ids.tolist())
-        claimed = text[span.char_start : span.char_end]
+        claimed, covered = self._composed(text[span.char_start : span.char_end]), self._composed(covered)
         if "\ufffd" in decoded and "\ufffd" not in covered:
             # Bytes of a broken character: of the one beyond the border, or of one the vocabulary cannot spell.
             same = claimed in decoded
@@ -156,6 +167,18 @@ class TokenAligner:
                 "some of its characters, or gives wrong offsets: change the text or the tokenizer"
             )
         self._checked.add(key)
+
+    def added_tokens(self, span: Span, ids: Int[np.ndarray, "token"]) -> tuple[str, ...]:
+        """Entries among a span's tokens that were added to the vocabulary without being marked special.
+
+        Runs of white space, which some tokenizers add too, are left out.
+        """
+        found = (self._added.get(index, "") for index in ids[span.token_start : span.token_end].tolist())
+        return tuple(dict.fromkeys(token for token in found if token.strip()))
+
+    def _composed(self, text: str) -> str:
+        """A text in the normal form that this tokenizer brings texts into, if it keeps them otherwise."""
+        return text if self._form is None else normalize(self._form, text)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -124,7 +124,7 @@ def attach(model: HookedModel, interventions: Iterable[Intervention]) -> Iterato
 
 
 def _editing_hook(wanted: Intervention, watch: PassWatch | None) -> Callable[..., Tensor]:
-    edit = _adding(wanted) if wanted.mode == "add" else _setting(wanted)
+    edit = edit_of(wanted)
 
     def edit_activation(activation: Tensor, hook: Any) -> Tensor:
         check_activation(activation, wanted.hook_name, wanted.direction)
@@ -134,6 +134,11 @@ def _editing_hook(wanted: Intervention, watch: PassWatch | None) -> Callable[...
         return torch.where(chosen[..., None], edit(activation), activation)
 
     return edit_activation
+
+
+def edit_of(wanted: Intervention) -> Callable[[Tensor], Tensor]:
+    """What an intervention makes of activations (..., d_model) at every position; its `positions` play no part here."""
+    return _adding(wanted) if wanted.mode == "add" else _setting(wanted)
 
 
 def _adding(wanted: Intervention) -> _Edit:

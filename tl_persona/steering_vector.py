@@ -5,7 +5,7 @@ measuring them of `statistics`, applying them of `steering`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_persona.cards import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError, NonFiniteError
+from tl_persona.export.forward_hook import forward_hook
+from tl_persona.export.outgoing import block_outputs
 from tl_persona.files import make_folder, write_atomically
 from tl_persona.hooks import layer_of, resid_post
+from tl_persona.layer_table import facts_of
 from tl_persona.models import HookedModel, source_of
 from tl_persona.provenance import Provenance
 from tl_persona.steering import Intervention, Mode, attach, project
@@ -26,7 +30,7 @@ from tl_persona.vector_files import Fields, encode, flaw_of, own_path, read_vect
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class SteeringVector:
+class SteeringVector(Shown):
     """A direction in the activations of one hook that stands for a behaviour.
 
     `+` and `-` join vectors of one model and hook, `*` and `/` scale; none of these carry statistics over that no
@@ -171,6 +175,26 @@ class SteeringVector:
         """
         return attach(model, [self.intervention(model, coefficient, positions, mode)])
 
+    def as_forward_hook(self, coefficient: float = 1.0, *, mode: Mode = "add") -> Callable[[Any, Any, Any], Any]:
+        """A function for `register_forward_hook` of the decoder layer `layer_index` of a plain transformers model.
+
+        It steers every token, as `steer` does by default, until its handle is removed. The layer may return its hidden
+        states as a tensor or first in a tuple.
+
+        Raises:
+            InputError: The vector does not act on the output of a block, or an argument means nothing.
+            HookError: While the model runs: the module returns no hidden states of this width.
+
+        Example:
+            >>> layer = torch.nn.Identity()
+            >>> vector = SteeringVector("refusal", 7, torch.tensor([3.0, 4.0]), "tiny")
+            >>> handle = layer.register_forward_hook(vector.as_forward_hook(2.0))
+            >>> layer(torch.zeros(1, 1, 2)), handle.remove()
+            (tensor([[[6., 8.]]]), None)
+        """
+        block_outputs([self], "a decoder layer")
+        return forward_hook(Intervention(self.hook_name, self.vector, coefficient, mode))
+
     def project(self, activations: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
         """Projection of activations on the vector at norm 1, in their own units; see `steering.project`.
 
@@ -216,6 +240,9 @@ class SteeringVector:
     @property
     def _float64(self) -> Float[Tensor, "d_model"]:
         return self.vector.to("cpu", torch.float64)  # not on the device: not all have float64
+
+    def _card(self) -> Card:
+        return Card(f"steering vector for {self.behavior}", facts_of(self))
 
     @property
     def label(self) -> str:

@@ -5,7 +5,6 @@ The bytes of a file are `artifact`'s work, the index of a folder `manifest`'s, s
 another library wrote in this layout is read as it is, and such a library reads ours.
 """
 
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,17 @@ import msgspec
 from torch import Tensor
 
 from tl_persona import manifest
-from tl_persona.artifact import SUFFIX, ArtifactHeader, decode, encode, read_bytes, read_header
+from tl_persona.agreement import refuse_anothers_file, refuse_misfit
+from tl_persona.artifact import decode, encode
+from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_header
 from tl_persona.description import ArtifactDescription as ArtifactDescription
 from tl_persona.description import describe as describe
-from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
+from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
 from tl_persona.files import make_folder, model_folder_name, refuse_outside, safe_component, write_atomically
 from tl_persona.provenance import Provenance
 from tl_persona.samples import BASELINE_PERSONA_ID
+from tl_persona.store_hub import StoreHub
+from tl_persona.tables import StoreTables
 from tl_persona.tensors import LayerVectors
 
 DEFAULT_ROOT = Path("artifacts/activations")
@@ -43,7 +46,7 @@ class StoredStatus(msgspec.Struct, frozen=True):
     reasons: tuple[str, ...] = ()
 
 
-class PersonaVectorStore:
+class PersonaVectorStore(StoreTables, StoreHub):
     """The vectors of one model, by variant and persona.
 
     Saving is atomic and safe for several processes at once. Use the store as a context manager, or call `flush`,
@@ -125,8 +128,8 @@ class PersonaVectorStore:
         layers, width = vectors.shape
         with self._writing(path.parent):
             refuse_outside(path, self.root_dir)
-            _check_fits(path.parent, (layers, width), provenance)
-            _check_not_anothers(path, persona_id)
+            refuse_misfit(path.parent, (layers, width), provenance)
+            refuse_anothers_file(path, persona_id)
             write_atomically(path, data)
             manifest.record(path.parent, path)
         return path.parent
@@ -139,7 +142,7 @@ class PersonaVectorStore:
             CorruptFileError: The file is truncated or altered.
             StoreError: The file cannot be read, or a newer tl_persona wrote it.
         """
-        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        path = self._file(prompt_variant, persona_id, mask_strategy)
         return decode(read_bytes(path), path, persona_id)[1]
 
     def list_personas(
@@ -192,8 +195,11 @@ class PersonaVectorStore:
         self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None
     ) -> list[str] | None:
         """Ids of the samples that were averaged; None where nothing is stored or its ids are not known."""
-        header = self._header(prompt_variant, persona_id, mask_strategy)
-        return None if header is None else manifest.name_and_sample_ids(header)[1]
+        try:
+            header = self._header(prompt_variant, persona_id, mask_strategy)
+        except NotStoredError:
+            return None
+        return manifest.name_and_sample_ids(header)[1]
 
     def list_layers(
         self,
@@ -235,7 +241,7 @@ class PersonaVectorStore:
         Raises:
             StoreError: The file cannot be read, or a newer tl_persona wrote it: neither is a reason to replace it.
         """
-        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        path = self._file(prompt_variant, persona_id, mask_strategy)
         self._used_folders.add(path.parent)
         try:
             recorded = decode(read_bytes(path), path, persona_id)[0].provenance
@@ -250,9 +256,8 @@ class PersonaVectorStore:
 
     def stored_digest(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> str | None:
         """The digest in the file's header, without reading its tensor; None where there is no trustworthy one."""
-        path = self.path_of(prompt_variant, persona_id, mask_strategy)
         try:
-            return read_header(path, persona_id).digest
+            return self._header(prompt_variant, persona_id, mask_strategy).digest
         except StoreError:
             return None
 
@@ -265,7 +270,7 @@ class PersonaVectorStore:
             NotStoredError: Nothing is stored under these names.
             StoreError: The file's header cannot be read.
         """
-        return read_header(self.path_of(prompt_variant, persona_id, mask_strategy), persona_id).provenance
+        return self._header(prompt_variant, persona_id, mask_strategy).provenance
 
     def rebuild_manifest(self, prompt_variant: str, mask_strategy: object | None = None) -> list[str]:
         """Write one folder's `manifest.json` anew from the headers of its files, and return the ids found.
@@ -301,14 +306,19 @@ class PersonaVectorStore:
         return self._strategy_folder(mask_strategy) / safe_component(prompt_variant, "prompt variant")
 
     def _indexes(self, variants: Sequence[str] | None, mask_strategy: object | None) -> list[manifest.Index]:
-        names = self.variants if variants is None else variants
-        return [manifest.read_index(self._folder(name, mask_strategy)) for name in names]
+        folders = [self._folder(name, mask_strategy) for name in (self.variants if variants is None else variants)]
+        for folder in folders:
+            refuse_outside(folder, self.root_dir)
+        return [manifest.read_index(folder) for folder in folders]
 
-    def _header(self, prompt_variant: str, persona_id: str, mask_strategy: object | None) -> ArtifactHeader | None:
-        try:
-            return read_header(self.path_of(prompt_variant, persona_id, mask_strategy), persona_id)
-        except NotStoredError:
-            return None
+    def _file(self, prompt_variant: str, persona_id: str, mask_strategy: object | None) -> Path:
+        """As `path_of`, for reading: what a link shows from elsewhere is no part of the store."""
+        path = self.path_of(prompt_variant, persona_id, mask_strategy)
+        refuse_outside(path, self.root_dir)
+        return path
+
+    def _header(self, prompt_variant: str, persona_id: str, mask_strategy: object | None) -> ArtifactHeader:
+        return read_header(self._file(prompt_variant, persona_id, mask_strategy), persona_id)
 
     @contextmanager
     def _writing(self, folder: Path) -> Iterator[None]:
@@ -317,38 +327,3 @@ class PersonaVectorStore:
         self._used_folders.add(folder)
         with manifest.locked(folder):
             yield
-
-
-def _check_fits(folder: Path, shape: tuple[int, int], provenance: Provenance | None) -> None:
-    stated = manifest.stated_shape(folder)
-    neighbour = manifest.any_header(folder)
-    held = stated if neighbour is None else neighbour.shape
-    if held not in (None, shape):
-        raise StoreMismatchError(
-            f"{folder} holds vectors of shape {held}, (layer, d_model); this one has {shape}. "
-            "Save it under another root, or remove that folder"
-        )
-    recorded = None if neighbour is None else neighbour.provenance
-    if recorded is None or provenance is None:
-        return
-    for what in ("hook_names", "weights"):
-        there, here = getattr(recorded, what), getattr(provenance, what)
-        if there != here:
-            raise StoreMismatchError(
-                f"{folder} holds vectors whose {what} are {there!r}; here they are {here!r}. "
-                "Save it under another root, or remove that folder"
-            )
-
-
-def _check_not_anothers(path: Path, persona_id: str) -> None:
-    """On a file system that ignores case, `Ada` and `ada` are one file."""
-    try:
-        holder = read_header(path).persona_id
-    except (NotStoredError, CorruptFileError):
-        return
-    if holder is not None and holder != persona_id and _folded(holder) == _folded(persona_id):
-        raise StoreMismatchError(f"{path} holds persona {holder!r}, which this file system takes for {persona_id!r}")
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()

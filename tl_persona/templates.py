@@ -7,7 +7,7 @@ times with white space beside the markers, which shows what it trims. Reading a 
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tl_persona.errors import PromptError
 from tl_persona.layout import ChatLayout, Trim, as_messages
@@ -108,10 +108,10 @@ def learn_layout(
         except PromptError as error:
             problems.append(f"{manner}: {error}")
             continue
-        segments = _cut(rendered, _markers(roles))
-        if segments is not None:
-            trims = _learn_trims(tokenizer, roles, segments, folded, kwargs)
-            return ChatLayout(roles, segments, trims, folded)
+        found = _cut(rendered, _markers(roles))
+        if found is not None and _is_usable(found.order, roles):
+            trims = _learn_trims(tokenizer, roles, found, folded, kwargs)
+            return ChatLayout(roles, found.order, found.segments, trims, folded)
         problems.append(f"{manner}: contents are missing, repeated, altered or moved")
         if _markers(roles)[0] in rendered:
             break  # the template does take the system message: to fold it would change what the model reads
@@ -139,20 +139,36 @@ def _markers(roles: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"QzvX{role}{str(index).translate(digits)}XvzQ" for index, role in enumerate(roles))
 
 
-def _cut(rendered: str, markers: Sequence[str]) -> tuple[str, ...] | None:
-    """The pieces of a rendering around the markers, or None unless each occurs once and in order."""
-    pieces, rest = [], rendered
-    for marker in markers:
-        before, found, rest = rest.partition(marker)
-        if not found:
-            return None
-        pieces.append(before)
-    pieces.append(rest)
-    return None if any(marker in piece for marker in markers for piece in pieces) else tuple(pieces)
+class _Cut(NamedTuple):
+    """A rendering cut at its markers: their order in the text, and what stands around them."""
+
+    order: tuple[int, ...]
+    segments: tuple[str, ...]
+
+
+def _cut(rendered: str, markers: Sequence[str]) -> _Cut | None:
+    """The rendering cut at its markers, or None unless each occurs once."""
+    if any(rendered.count(marker) != 1 for marker in markers):
+        return None
+    order = tuple(sorted(range(len(markers)), key=lambda index: rendered.index(markers[index])))
+    segments, rest = [], rendered
+    for index in order:
+        before, _, rest = rest.partition(markers[index])
+        segments.append(before)
+    return _Cut(order, (*segments, rest))
+
+
+def _is_usable(order: Sequence[int], roles: Sequence[str]) -> bool:
+    """Whether the turns keep their order. The system prompt may stand anywhere before the last question's text."""
+    question = len(roles) - 1 - roles[::-1].index("user")
+    turns = [index for index in order if roles[index] != "system"]
+    return turns == sorted(turns) and all(
+        order.index(index) < order.index(question) for index, role in enumerate(roles) if role == "system"
+    )
 
 
 def _learn_trims(
-    tokenizer: ChatTokenizer, roles: tuple[str, ...], segments: tuple[str, ...], folded: bool, kwargs: Mapping[str, Any]
+    tokenizer: ChatTokenizer, roles: tuple[str, ...], plain: _Cut, folded: bool, kwargs: Mapping[str, Any]
 ) -> tuple[Trim, ...]:
     """What is stripped from each content, seen from one white-space character at one end of every marker."""
     stripped: list[tuple[list[str], list[str]]] = [([], []) for _ in roles]
@@ -160,11 +176,13 @@ def _learn_trims(
         for side in (0, 1):
             contents = [edge + marker if side == 0 else marker + edge for marker in _markers(roles)]
             try:
-                pieces = _cut(render(tokenizer, as_messages(roles, contents, folded=folded), kwargs), _markers(roles))
+                found = _cut(render(tokenizer, as_messages(roles, contents, folded=folded), kwargs), _markers(roles))
             except PromptError:
                 continue  # refused with this white space: a sample that has it is refused by name
-            for index, marks in enumerate(stripped):
-                # Before a content lies the segment of its own number, after it the next.
-                if pieces is not None and pieces[index + side] == segments[index + side]:
-                    marks[side].append(edge)
+            if found is None or found.order != plain.order:
+                continue
+            for place, index in enumerate(plain.order):
+                # Before a content lies the segment of its own place, after it the next.
+                if found.segments[place + side] == plain.segments[place + side]:
+                    stripped[index][side].append(edge)
     return tuple(Trim(*(None if len(marks) == len(_EDGES) else "".join(marks) for marks in pair)) for pair in stripped)

@@ -23,3 +23,6 @@ LayerVectors = Float[Tensor, "layer d_model"]
 
 PooledMeans = Float[Tensor, "mask hook d_model"]
 """For one sample, the mean of every hook over the tokens of every mask, in float32."""
+
+SlotSums = Float[Tensor, "slot hook d_model"]
+"""For every slot, the sum of the means that were added to it."""

@@ -1,12 +1,14 @@
 """The files of steering vectors: bytes from what a vector says of itself, and back, nothing trusted unread.
 
 A vector is one safetensors file whose header says what it is; a set is a folder of those and a `metadata.json`. The
-`.json` + `.pt` pairs of rotalabs-steer are read too, never written. Making vectors of what was read is the work of
-`steering_vector` and `vectors`.
+`.json` + `.pt` pairs of rotalabs-steer are read too; writing them is the work of `export.peers`, and making vectors of
+what was read that of `steering_vector` and `vectors`.
 """
 
 import hashlib
+import io
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
-from tl_persona.files import make_folder, reason, write_atomically
+from tl_persona.files import make_folder, read_regular, reason, write_atomically
 from tl_persona.provenance import Provenance
 
 FORMAT = "tl_persona.steering_vector"
@@ -104,21 +106,40 @@ def encode(vector: Any, label: str) -> bytes:
     Raises:
         InputError: Its metadata or provenance has no JSON form.
     """
-    fields = {name: getattr(vector, name) for name in _Contents.__struct_fields__}
-    try:
-        fields["provenance"] = None if vector.provenance is None else msgspec.to_builtins(vector.provenance)
-        contents = json.dumps(fields, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{label}: its metadata or provenance has no JSON form: {error}") from error
+    contents = contents_of(vector, label)
     tensor = vector.vector.cpu().contiguous()
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "sha256": _tensor_digest(tensor),
+        "sha256": tensor_digest(tensor),
         "contents": contents,
         "contents_sha256": hashlib.sha256(contents.encode()).hexdigest(),
     }
     return _with_sorted_header(safetensors.torch.save({"vector": tensor}, header))
+
+
+def contents_of(vector: Any, label: str) -> str:
+    """All that a `SteeringVector` says of itself but its tensor, as one line of JSON.
+
+    Raises:
+        InputError: Its metadata or provenance has no JSON form.
+    """
+    fields = {name: getattr(vector, name) for name in _Contents.__struct_fields__}
+    try:
+        fields["provenance"] = None if vector.provenance is None else msgspec.to_builtins(vector.provenance)
+        return json.dumps(fields, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{label}: its metadata or provenance has no JSON form: {error}") from error
+
+
+def fields_of(contents: str, tensor: Tensor, source: Path) -> Fields:
+    """What `contents_of` wrote, with the tensor it belongs to.
+
+    Raises:
+        CorruptFileError: The text is something else.
+    """
+    found = _converted(_parsed_json(contents.encode(), source), _Contents, source)
+    return {**{name: getattr(found, name) for name in _Contents.__struct_fields__}, "vector": tensor}
 
 
 def read_vector(path: Path) -> tuple[Fields, Path]:
@@ -216,33 +237,46 @@ def _decode(data: bytes, source: Path) -> Fields:
     _check_version(texts.get("format"), texts.get("format_version"), FORMAT, source)
     header = _converted(texts, _Header, source)
     tensor = tensors.get("vector")
-    if tensor is None or _tensor_digest(tensor) != header.sha256:
+    flaw = flaw_of(tensor)
+    if tensor is None or flaw is not None:
+        raise CorruptFileError(f"{source}: {flaw}; it should hold one non-empty, 1-D floating-point tensor")
+    if tensor_digest(tensor) != header.sha256:
         raise CorruptFileError(f"{source}: the vector does not fit its checksum: the file was altered")
     if hashlib.sha256(header.contents.encode()).hexdigest() != header.contents_sha256:
         raise CorruptFileError(f"{source}: the header does not fit its checksum: the file was altered")
-    found = _converted(_parsed_json(header.contents.encode(), source), _Contents, source)
-    fields = {name: getattr(found, name) for name in _Contents.__struct_fields__}
-    return {**fields, "vector": tensor}
+    return fields_of(header.contents, tensor, source)
 
 
 def _read_rotalabs(metadata: Path, tensor: Path) -> Fields:
     found = _converted(_parsed_json(_read(metadata), metadata), _RotalabsMetadata, metadata)
     if not tensor.exists():
         raise NotStoredError(f"{tensor}: there is no such file, though {metadata.name} is there")
+    data = _read(tensor)
     try:
-        vector = torch.load(tensor, map_location="cpu", weights_only=True)
+        _refuse_swollen(data)
+        vector = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
         raise CorruptFileError(f"{tensor}: holds no plain tensor: {error}") from error
     flaw = flaw_of(vector)
+    if flaw is None and not vector.is_contiguous():
+        flaw = "got a view that claims more numbers than it stores"
     if flaw is not None:
         raise CorruptFileError(f"{tensor}: {flaw}; it should hold one non-empty, 1-D floating-point tensor")
     fields = {name: getattr(found, name) for name in _RotalabsMetadata.__struct_fields__}
     return {**fields, "vector": vector}
 
 
+def _refuse_swollen(data: bytes) -> None:
+    """Torch writes its archives uncompressed; a compressed one can unfold to any size, and an older format too."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
+                raise ValueError(f"its entry {entry.filename!r} is compressed, or longer than the file")
+
+
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotStoredError(f"{path}: there is no such file") from error
     except OSError as error:
@@ -270,5 +304,6 @@ def _check_version(format_: object, version: object, expected: str, source: Path
         raise StoreError(f"{source}: has format version {version!r}, this package reads {FORMAT_VERSION!r}: upgrade")
 
 
-def _tensor_digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256, in hex, of a tensor's bytes in memory."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

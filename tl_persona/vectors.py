@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_persona.cards import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError
 from tl_persona.layer_table import METRICS, LayerTable, row_of, score_of
 from tl_persona.models import HookedModel
@@ -21,12 +22,15 @@ from tl_persona.steering import Mode, attach
 from tl_persona.steering_positions import Positions
 from tl_persona.steering_vector import SteeringVector, belonging, built
 from tl_persona.vector_files import encode, read_set, write_set
+from tl_persona.vectors_export import SetExports
 
 __all__ = ["LayerTable", "SteeringVector", "SteeringVectorSet"]
 
 
-class SteeringVectorSet:
+class SteeringVectorSet(SetExports, Shown):
     """The vectors of one behaviour and one model, at most one a layer.
+
+    Its ways to other programs and to the Hugging Face hub are the methods of `SetExports`.
 
     Args:
         behavior: The behaviour all of them stand for.
@@ -85,6 +89,10 @@ class SteeringVectorSet:
 
     def __repr__(self) -> str:
         return f"SteeringVectorSet({self.behavior!r}, model {self.model_name!r}, layers {self.layers})"
+
+    def _card(self) -> Card:
+        facts = {"model": str(self.model_name), "layers": f"{len(self)}: {self.layers}"}
+        return Card(f"steering vectors for {self.behavior}", facts, self.summary() if len(self) else None)
 
     @property
     def layers(self) -> list[int]:
@@ -153,11 +161,7 @@ class SteeringVectorSet:
             InputError: The set is empty or has no such layer, is of another model or width, or an argument means
                 nothing.
         """
-        chosen = self.layers if layers is None else list(layers)
-        missing = [layer for layer in chosen if layer not in self._vectors]
-        if missing:
-            raise InputError(f"no vector for layers {missing} of {self.behavior!r}; there are {self.layers}")
-        return attach(model, [self[layer].intervention(model, coefficient, positions, mode) for layer in chosen])
+        return attach(model, [v.intervention(model, coefficient, positions, mode) for v in self.chosen(layers)])
 
     def project(self, activations: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
         """Projection of each layer's activations on that layer's vector at norm 1, in the order of `layers`.

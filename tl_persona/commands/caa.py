@@ -5,8 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tl_persona.backends import JOURNAL_FOLDER
 from tl_persona.caa import extract_caa_vectors
-from tl_persona.commands.model import load_named_model
+from tl_persona.commands.arguments import read_template_kwargs
+from tl_persona.commands.model import load_for_backend, status_printer
 from tl_persona.commands.show_vectors import best_line, layer_table
 from tl_persona.contrast import ContrastPairDataset, load_pairs
 from tl_persona.directions import logistic_direction, mean_difference, pca_direction
@@ -22,7 +24,9 @@ def run(arguments: Namespace) -> int:
     folder = Path(arguments.output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder} is a file: name a folder")
-    model = load_named_model(arguments, Console(stderr=True, highlight=False))
+    errors = Console(stderr=True, highlight=False)
+    template_kwargs = read_template_kwargs(arguments.template_kwarg)
+    model = load_for_backend(arguments, errors)
     vectors = extract_caa_vectors(
         model,
         None,
@@ -32,6 +36,9 @@ def run(arguments: Namespace) -> int:
         batch_size=arguments.batch_size,
         direction=DIRECTIONS[arguments.direction],
         seed=arguments.seed,
+        template_kwargs=template_kwargs,
+        on_status=status_printer(errors, verbose=arguments.verbose),
+        journal=folder.with_name(f".{folder.name}{JOURNAL_FOLDER}"),
     )
     vectors.save(folder)
     console = Console(highlight=False, markup=False, emoji=False)

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_persona.checkpoints import find_checkpoint
-from tl_persona.commands.model import load_named_model
+from tl_persona.commands.arguments import read_dataset, read_template_kwargs
+from tl_persona.commands.model import load_for_backend, status_printer
 from tl_persona.errors import InputError, TLPersonaError
 from tl_persona.extraction import ExtractionResult, run_extraction
 from tl_persona.masks import MaskStrategy, as_strategies
@@ -23,7 +24,8 @@ def run(arguments: Namespace) -> int:
     errors = Console(stderr=True, highlight=False)
     wanted = arguments.mask_strategy
     strategies = tuple(MaskStrategy) if wanted == ["all"] else as_strategies(wanted)
-    dataset = _dataset(arguments)
+    template_kwargs = read_template_kwargs(arguments.template_kwarg)
+    dataset = read_dataset(arguments)
     personas = _personas(dataset, arguments, errors)
     if not personas:  # more shards than personas: no failure, and no reason to load a model
         return 0
@@ -34,9 +36,7 @@ def run(arguments: Namespace) -> int:
             for variant in arguments.variants:
                 system_prompt(persona, variant)
     name = find_checkpoint(arguments.model, arguments.revision).name
-    if arguments.backend == "remote":
-        raise InputError("--backend remote is not available in this version: use local")
-    model = load_named_model(arguments, errors)
+    model = load_for_backend(arguments, errors)
     results: list[tuple[Persona, ExtractionResult]] = []
     failed: list[str] = []
     with PersonaVectorStore(name, arguments.activations_dir, variants=arguments.variants) as store:
@@ -52,9 +52,11 @@ def run(arguments: Namespace) -> int:
                     verbose=arguments.verbose,
                     activations_dir=arguments.activations_dir,
                     layers=arguments.layers,
+                    template_kwargs=template_kwargs,
                     force=arguments.force,
                     batch_tokens=arguments.batch_tokens,
                     store=store,
+                    on_status=status_printer(errors, verbose=arguments.verbose),
                 )
             except TLPersonaError as error:
                 if not arguments.skip_failed:
@@ -72,17 +74,6 @@ def run(arguments: Namespace) -> int:
     if failed:
         errors.print(Text(f"{len(failed)} of {len(personas)} personas failed: {', '.join(failed)}"))
     return 1 if failed else 0
-
-
-def _dataset(arguments: Namespace) -> PersonaDataset:
-    files = (arguments.personas, arguments.qa)
-    if any(files) and not all(files):
-        raise InputError("--personas and --qa go together: give both files")
-    if any(files) and arguments.dataset:
-        raise InputError("--dataset goes without --personas and --qa: give one or the other")
-    if all(files):
-        return PersonaDataset.from_jsonl(*files)
-    return PersonaDataset.from_hub(arguments.dataset) if arguments.dataset else PersonaDataset.bundled()
 
 
 def _personas(dataset: PersonaDataset, arguments: Namespace, console: Console) -> Sequence[Persona]:

@@ -1,13 +1,20 @@
-"""Loads the model that the command line names."""
+"""Loads the model that the command line names, and tells what becomes of remote jobs."""
 
 import os
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
+from tl_persona.backends import OnStatus
+from tl_persona.errors import InputError
 from tl_persona.loading import load_model
 from tl_persona.models import HookedModel
 from tl_persona.sharding import own_device
+
+if TYPE_CHECKING:
+    from tl_persona.backends.remote.model import RemoteModel
 
 
 def load_named_model(arguments: Namespace, console: Console) -> HookedModel:
@@ -19,11 +26,7 @@ def load_named_model(arguments: Namespace, console: Console) -> HookedModel:
         ModelError: It cannot be loaded.
         InputError: An option's value is unknown.
     """
-    if not console.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that are not transformers' own; read on tqdm's import
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+    _silence_progress_bars(console)
     import torch
 
     with console.status(f"loading {arguments.model}"):
@@ -35,3 +38,49 @@ def load_named_model(arguments: Namespace, console: Console) -> HookedModel:
             revision=arguments.revision,
             trust_remote_code=arguments.trust_remote_code,
         )
+
+
+def load_for_backend(arguments: Namespace, console: Console) -> "HookedModel | RemoteModel":
+    """The model of `--model` for `--backend`: as `load_named_model`, or one on a server.
+
+    Raises:
+        ModelError: It cannot be loaded, or laid out.
+        InputError: An option's value is unknown, or does not go with the backend.
+    """
+    if arguments.backend == "local":
+        if arguments.timeout is not None or arguments.allow_http:
+            raise InputError("--timeout and --allow-http go with --backend remote only")
+        return load_named_model(arguments, console)
+    chosen = {"--kind": arguments.kind != "auto", "--dtype": arguments.dtype, "--device": arguments.device}
+    for option, given in chosen.items():
+        if given:
+            raise InputError(f"{option} is the server's choice with --backend remote: leave it out")
+    _silence_progress_bars(console)
+    with console.status(f"laying out {arguments.model}"):
+        return load_model(
+            arguments.model,
+            kind="remote",
+            revision=arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+            timeout=arguments.timeout,
+            allow_http=arguments.allow_http,
+        )
+
+
+def _silence_progress_bars(console: Console) -> None:
+    """Other libraries' bars are for terminals."""
+    if not console.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that are not transformers' own; read on tqdm's import
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def status_printer(console: Console, *, verbose: bool) -> OnStatus:
+    """Prints a line for every retry of a remote job, and with `verbose` for every change of its status."""
+
+    def print_status(job_id: str, status: str, description: str) -> None:
+        if job_id != "local" and (verbose or status == "RETRYING"):
+            console.print(Text(f"{job_id or 'server'} {status} {description}".rstrip()))
+
+    return print_status

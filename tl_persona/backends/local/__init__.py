@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from tl_persona.backends import Pooled
+from tl_persona.backends import Pooled, Totals, totals_of
 from tl_persona.backends.local import boot
 from tl_persona.backends.local.budget import default_batch_tokens
-from tl_persona.backends.local.passes import Runner, capture_of, runner_for
+from tl_persona.backends.local.passes import Runner, capture_of, runners_for
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover
 from tl_persona.errors import HookError, InputError, NonFiniteError
@@ -35,8 +35,9 @@ class LocalBackend:
         self.model: HookedModel = boot.as_hooked_model(model, tokenizer)
         self.tokenizer: Any = tokenizer if tokenizer is not None else self.model.tokenizer
         self.facts: ModelFacts = boot.facts_of(self.model)
-        self._runner: Runner = runner_for(self.model)
-        self._prover = Prover(self.model, self._runner, self.facts, boot.critical_lengths(self.model))
+        self._runners = runners_for(self.model)
+        self._plain = self._runners[-1]
+        self._prover = Prover(self.model, self._runners, self.facts, boot.critical_lengths(self.model))
         self._path: dict[str, Any] = {}
 
     @property
@@ -70,7 +71,7 @@ class LocalBackend:
             n_ctx=self.facts.n_ctx,
             batch_tokens=batch_tokens,
             max_rows=max_rows,
-            sharing=self._runner.sharing,
+            sharing=self._plain.sharing,
         )
 
     def pool(self, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]:
@@ -81,23 +82,35 @@ class LocalBackend:
             NonFiniteError: A pooled activation holds NaN or infinity.
         """
         names = list(hook_names)
-        with torch.no_grad(), evaluating(self.model):
+        modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
+        with torch.no_grad(), evaluating(modules):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])
-            trusted, self._path = self._prover.settle(plan, names)
+            trusted, runner, self._path = self._prover.settle(plan, names)
         done = set()
         try:
-            for pooled in self._run(trusted, names):
+            for pooled in self._run(trusted, runner, names, modules):
                 done.add(pooled.sample)
                 yield pooled
         except NonFiniteError:
             if trusted.sharing is Sharing.NONE:
                 raise
             # NaN spreads to everything beside it in a packed row: the plain path tells whose it is.
-            for pooled in self._run(trusted.with_sharing(Sharing.NONE), names):
+            for pooled in self._run(trusted.with_sharing(Sharing.NONE), self._plain, names, modules):
                 if pooled.sample not in done:
                     yield pooled
 
-    def _run(self, plan: Plan, names: Sequence[str]) -> Iterator[Pooled]:
+    def total(
+        self, plan: Plan, hook_names: Sequence[str], slots: Sequence[Sequence[int]], n_slots: int
+    ) -> Iterator[Totals]:
+        """Yields every sample's means added to their slots; see `pool` for what is raised."""
+        return totals_of(self.pool(plan, hook_names), slots, n_slots)
+
+    def saved(self) -> None:
+        """Nothing was kept."""
+
+    def _run(
+        self, plan: Plan, runner: Runner, names: Sequence[str], modules: Sequence[torch.nn.Module]
+    ) -> Iterator[Pooled]:
         run = PoolingRun(plan, names)
         last_use = {each.context: index for index, each in enumerate(plan.passes)}
         contexts: dict[int, Any] = {}
@@ -108,8 +121,8 @@ class LocalBackend:
                 # Let go before the next prefix runs: two of them need not fit.
                 context = contexts.pop(each.context) if last_use[each.context] == index else contexts[each.context]
             # Not around the yield: whoever takes the samples one by one has the model and torch as they were.
-            with torch.no_grad(), evaluating(self.model):
-                captured, kept = self._runner.run(plan, each, names, context, length)
+            with torch.no_grad(), evaluating(modules):
+                captured, kept = runner.run(plan, each, names, context, length)
                 complete = run.add(each, captured)
             if each.kept:
                 contexts[index] = kept
@@ -122,7 +135,7 @@ class LocalBackend:
             return
         tokens = torch.zeros(2, dtype=torch.long)
         probe = make_plan([Sample("probe", tokens, torch.ones((1, 2), dtype=torch.bool))])
-        captured, _ = self._runner.run(probe, Pass((Row((Segment((0,), 0, 2),)),)), names, None, 0)
+        captured, _ = self._plain.run(probe, Pass((Row((Segment((0,), 0, 2),)),)), names, None, 0)
         for name in names:
             shape = tuple(capture_of(captured, name).shape)
             if shape != (1, 2, self.facts.d_model):
@@ -132,12 +145,16 @@ class LocalBackend:
                 )
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off while the model runs, and every module as it was after."""
-    # A bridge's original model can be in training mode when the bridge is not.
+def modules_of(model: Any) -> list[torch.nn.Module]:
+    """Every module that takes part: a bridge's original model can be in training mode when the bridge is not."""
     roots = (model, getattr(model, "original_model", None))
-    training = {module for root in roots if root is not None for module in root.modules() if module.training}
+    return list({module: None for root in roots if root is not None for module in root.modules()})
+
+
+@contextmanager
+def evaluating(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Dropout off while the model runs, and every module as it was after."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

@@ -8,7 +8,7 @@ from tl_persona.models import ModelFacts
 SHARE = 0.25
 """Of the free memory: what a model needs beside the captured activations is an estimate."""
 
-CEILINGS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
+CEILINGS = {"cpu": 512, "cuda": 16384, "mps": 4096}
 """Past these a pass gains no speed: on a CPU larger ones leave the caches."""
 
 WORKSPACE = 32

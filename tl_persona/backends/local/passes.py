@@ -5,23 +5,20 @@ difference is all that is here. Which passes to run is `plan`'s work.
 """
 
 import copy
+import functools
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_persona.backends.local.native import NativeParts, native_parts
 from tl_persona.errors import HookError
-from tl_persona.hooks import layer_of
 from tl_persona.models import HookedModel
-from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
-
-_PAD_ID = 0  # any valid id does: what follows a text cannot change it, and padding is never pooled
-
-_EMBEDDING = re.compile(r"(hook_)?(pos_)?embed(\.|$)")
+from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility, stop_layer
+from tl_persona.plan import Pass, Plan, Sharing
 
 
 @runtime_checkable
@@ -30,6 +27,12 @@ class Runner(Protocol):
 
     sharing: Sharing
     """The most that this model may be capable of; `proof` finds out whether it is."""
+
+    attention: str
+    """How attention is computed in passes that take a shortcut: `stepwise`, as the model's class does, or `fused`."""
+
+    def applies(self, names: Sequence[str]) -> bool:
+        """Whether it can run passes that capture these hooks, on the model as it is now; asked once before a plan."""
 
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
@@ -48,18 +51,24 @@ class Runner(Protocol):
         """
 
 
-def runner_for(model: HookedModel) -> Runner:
-    """The runner that fits the model's class."""
-    return BridgeRunner(model) if hasattr(model, "original_model") else HookedRunner(model)
+def runners_for(model: HookedModel) -> list[Runner]:
+    """The runners that fit the model's class, the fastest first; the last one takes no shortcut within a pass."""
+    if hasattr(model, "original_model"):
+        return [FusedBridgeRunner(model), BridgeRunner(model)]
+    return [HookedRunner(model)]
 
 
 class HookedRunner:
     """Passes on a `HookedTransformer`, which can continue a frozen cache but not place texts side by side."""
 
     sharing = Sharing.CACHED
+    attention = "stepwise"
 
     def __init__(self, model: HookedModel) -> None:
         self._model = model
+
+    def applies(self, names: Sequence[str]) -> bool:
+        return True
 
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
@@ -102,6 +111,8 @@ def _expanded(cache: Any, n_rows: int) -> Any:
 class BridgeRunner:
     """Passes on a `TransformerBridge`, through the Hugging Face cache and masks of the model it wraps."""
 
+    attention = "stepwise"
+
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._original: Any = model.original_model  # type: ignore[attr-defined]
@@ -121,11 +132,24 @@ class BridgeRunner:
         else:
             self.sharing = Sharing.PACKED
 
+    def applies(self, names: Sequence[str]) -> bool:
+        return True
+
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
     ) -> tuple[Mapping[str, Tensor], Any]:
+        return self._run(plan, each, names, context, context_length, dict(self._arguments))
+
+    def _run(
+        self,
+        plan: Plan,
+        each: Pass,
+        names: Sequence[str],
+        context: Any,
+        context_length: int,
+        arguments: dict[str, Any],
+    ) -> tuple[Mapping[str, Tensor], Any]:
         tokens = pass_tokens(plan, each).to(self._model.cfg.device)
-        arguments = dict(self._arguments)
         past: Any = None
         if each.kept:
             from transformers import DynamicCache
@@ -147,15 +171,69 @@ class BridgeRunner:
         return captured, past if each.kept else None
 
 
+class FusedBridgeRunner(BridgeRunner):
+    """The same with the wrapped model's own attention and norms, in passes that take a shortcut, so that both prove.
+
+    What runs whole and alone runs as the bridge has it: the plain path is what all else is compared with.
+    """
+
+    attention = "fused"
+
+    def __init__(self, model: HookedModel) -> None:
+        super().__init__(model)
+        self._parts: NativeParts | None = None
+
+    def applies(self, names: Sequence[str]) -> bool:
+        self._parts = native_parts(self._model)
+        hook_dict = self._model.hook_dict
+        return self._parts is not None and self._parts.unobserved(hook_dict.get(name) for name in names)
+
+    def run(
+        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
+    ) -> tuple[Mapping[str, Tensor], Any]:
+        shortcut = each.kept or each.packed or each.context is not None
+        # A hook may have come since the plan began, with whoever takes the samples one by one.
+        if not shortcut or self._parts is None or not self._parts.unobserved():
+            return super().run(plan, each, names, context, context_length)
+        arguments = dict(self._arguments)
+        if "logits_to_keep" in arguments:  # positions by index, and none of them: the unembedding reads all its weights
+            arguments["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=self._model.cfg.device)
+        with self._parts.in_place():
+            return self._run(plan, each, names, context, context_length, arguments)
+
+
 def _continued(cache: Any, n_rows: int) -> Any:
     """A cache that starts from another's keys and values; appending to it makes new tensors and leaves those alone."""
+    from transformers.cache_utils import DynamicLayer
+
     view = copy.copy(cache)
     view.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in view.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = _forgetful_layer()
         if n_rows > 1 and getattr(layer, "keys", None) is not None:
             layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
             layer.values = layer.values.expand(n_rows, -1, -1, -1)
     return view
+
+
+@functools.cache
+def _forgetful_layer() -> Any:
+    """A layer of a cache that gives what it was appended to and keeps none of it.
+
+    Nothing continues a continuation, and its keys and values hold the prefix once for every row: those of all layers,
+    kept until the end of a pass, would be most of the memory that it takes.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class ForgetfulLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            before = self.keys, self.values
+            appended = super().update(*args, **kwargs)
+            self.keys, self.values = before
+            return appended
+
+    return ForgetfulLayer
 
 
 def _additive(visible: Bool[Tensor, "row pos key"], dtype: torch.dtype) -> Float[Tensor, "row 1 pos key"]:
@@ -172,76 +250,3 @@ def capture_of(captured: Mapping[str, Tensor], name: str) -> Float[Tensor, "..."
     if name not in captured:
         raise HookError(f"hook {name!r} did not fire on this model: choose a residual hook")
     return captured[name]
-
-
-def stop_layer(names: Sequence[str]) -> int | None:
-    """The first block that need not run; None where a hook lies behind the blocks or outside them."""
-    needed = [_blocks_needed(name) for name in names]
-    known = [count for count in needed if count is not None]
-    return max(known) if len(known) == len(needed) else None
-
-
-def _blocks_needed(name: str) -> int | None:
-    layer = layer_of(name)
-    if layer is not None:
-        return layer + 1
-    return 0 if _EMBEDDING.match(name) else None
-
-
-def pass_tokens(plan: Plan, each: Pass) -> Int[Tensor, "row pos"]:
-    """The token ids of a pass, padded on the right."""
-    rows = [_row_tokens(plan, row) for row in each.rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_PAD_ID)
-
-
-def _row_tokens(plan: Plan, row: Row) -> Int[Tensor, "pos"]:
-    parts = [plan.samples[part.members[0]].input_ids[part.start : part.stop] for part in row.segments]
-    return torch.cat(parts)
-
-
-def needs_mask(plan: Plan, each: Pass) -> bool:
-    """Whether a pass gets a mask and positions of its own; where some passes of a chain do, all do, and prove alike."""
-    return each.packed or (each.context is not None and plan.sharing is Sharing.PACKED)
-
-
-def pass_positions(each: Pass) -> Int[Tensor, "row pos"]:
-    """The position of every token in its own text; 0 on padding."""
-    positions = torch.zeros((len(each.rows), each.width), dtype=torch.long)
-    for row, target in zip(each.rows, positions, strict=True):
-        own = torch.cat([torch.arange(part.start, part.stop) for part in row.segments])
-        target[: len(own)] = own
-    return positions
-
-
-def pass_visibility(each: Pass, context_length: int) -> Bool[Tensor, "row pos key"]:
-    """Which keys each token may attend to: its context, its own segment up to itself, and segments above it.
-
-    Padding attends to itself, so that no softmax is taken over nothing.
-    """
-    width = each.width
-    visible = torch.zeros((len(each.rows), width, context_length + width), dtype=torch.bool)
-    own = visible[:, :, context_length:]
-    for row_index, row in enumerate(each.rows):
-        visible[row_index, : len(row), :context_length] = True
-        begin = 0
-        above: list[tuple[Segment, frozenset[int], int]] = []
-        for part in row.segments:
-            members = frozenset(part.members)
-            for other, others, other_begin in above:
-                if other.stop <= part.start and members <= others:
-                    own[row_index, begin : begin + len(part), other_begin : other_begin + len(other)] = True
-            above.append((part, members, begin))
-            begin += len(part)
-    causal = torch.ones((width, width), dtype=torch.bool).tril()
-    same = _segment_numbers(each)
-    own |= (same[:, :, None] == same[:, None, :]) & causal
-    return visible
-
-
-def _segment_numbers(each: Pass) -> Int[Tensor, "row pos"]:
-    """Which segment of its row a token is in; every padding token is one of its own."""
-    numbers = torch.arange(each.width).repeat(len(each.rows), 1) + max(len(row.segments) for row in each.rows)
-    for row, target in zip(each.rows, numbers, strict=True):
-        lengths = torch.tensor([len(part) for part in row.segments])
-        target[: len(row)] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return numbers

@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tl_persona.backends.local.passes import Runner, capture_of, needs_mask, stop_layer
+from tl_persona.backends.local.passes import Runner, capture_of
 from tl_persona.models import ModelFacts
+from tl_persona.pass_tensors import needs_mask, stop_layer
 from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
@@ -75,7 +76,22 @@ class _Witness(NamedTuple):
     stop: int
 
 
-_VERDICTS: "WeakKeyDictionary[Any, dict[tuple[str, Regime], Verdict]]" = WeakKeyDictionary()
+class _Memory(NamedTuple):
+    """What is known of one model: verdicts by dtype, attention and regime, and which failures were told."""
+
+    verdicts: dict[tuple[str, str, Regime], Verdict]
+    told: set[tuple[str, str]]
+
+
+class Settled(NamedTuple):
+    """What came of settling a plan: how it may run, by which runner, and notes on why."""
+
+    plan: Plan
+    runner: Runner
+    notes: dict[str, Any]
+
+
+_MEMORIES: "WeakKeyDictionary[Any, _Memory]" = WeakKeyDictionary()
 
 
 class Prover:
@@ -83,54 +99,67 @@ class Prover:
 
     Args:
         model: Verdicts are remembered for as long as it lives.
-        runner: Runs its passes.
+        runners: What can run its passes, the fastest first; the last is what all are compared with.
         facts: Of the model.
         critical_lengths: Lengths at which the model may start to treat a text differently.
     """
 
-    def __init__(self, model: Any, runner: Runner, facts: ModelFacts, critical_lengths: Sequence[int]) -> None:
-        self._runner, self._facts, self._critical = runner, facts, critical_lengths
-        self._verdicts = _VERDICTS.setdefault(model, {})
+    def __init__(
+        self, model: Any, runners: Sequence[Runner], facts: ModelFacts, critical_lengths: Sequence[int]
+    ) -> None:
+        self._runners, self._facts, self._critical = runners, facts, critical_lengths
+        self._memory = _MEMORIES.setdefault(model, _Memory({}, set()))
 
-    def settle(self, plan: Plan, names: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
-        """The plan, or one with less sharing where its shortcuts are not exact on this model, and notes on why."""
+    def settle(self, plan: Plan, names: Sequence[str]) -> Settled:
+        """The plan, or one with less sharing where its shortcuts are not exact on this model, and who runs it."""
         fallbacks: list[str] = []
-        while True:
-            taken = shortcuts(plan, self._critical)
-            verdicts = (self._verdict(plan, regime, index, names) for regime, index in taken.items())
-            # Lazily: what comes after the first failure need not be proven.
-            failed = next((verdict for verdict in verdicts if not verdict.holds), None)
-            if failed is None:
-                break
-            fallbacks.append(f"{plan.sharing}: {failed.reason}")
-            plan = plan.with_sharing(next_best(plan.sharing))
-        notes: dict[str, Any] = {"sharing": str(plan.sharing if taken else Sharing.NONE)}
-        if taken:
-            # The limit, not the figure: what is written must not depend on which sample happened to come first.
-            notes["proof"] = f"within {tolerance_of(self._facts.dtype):.0e}"
-        if fallbacks:
-            notes["fallbacks"] = fallbacks
-        return plan, notes
+        while taken := shortcuts(plan, self._critical):
+            failures: list[tuple[str, str]] = []
+            for runner in self._runners:
+                if not runner.applies(names):
+                    continue
+                verdicts = (self._verdict(runner, plan, regime, index, names) for regime, index in taken.items())
+                # Lazily: what comes after the first failure need not be proven.
+                failed = next((verdict for verdict in verdicts if not verdict.holds), None)
+                if failed is None:
+                    for attention, reason in failures:
+                        fallbacks.append(self._told(f"{attention} attention", reason, "the bridge's own"))
+                    # The limit, not the figure: what is written must not depend on which sample came first.
+                    notes = {"sharing": str(plan.sharing), "proof": f"within {tolerance_of(self._facts.dtype):.0e}"}
+                    return Settled(plan, runner, _noted(notes, fallbacks, runner))
+                failures.append((runner.attention, failed.reason))
+            # Without any shortcut inside the pass it is not exact either: the sharing is at fault.
+            less = next_best(plan.sharing)
+            fallbacks.append(self._told(f"{plan.sharing}", failures[-1][1], str(less)))
+            plan = plan.with_sharing(less)
+        return Settled(plan, self._runners[-1], _noted({"sharing": str(Sharing.NONE)}, fallbacks))
 
-    def _verdict(self, plan: Plan, regime: Regime, index: int, names: Sequence[str]) -> Verdict:
-        dtype = self._facts.dtype
-        known = self._verdicts.get((dtype, regime))
+    def _told(self, what: str, reason: str, instead: str) -> str:
+        """Warns of a failure, once a model, and gives its note."""
+        if (self._facts.dtype, what) not in self._memory.told:
+            self._memory.told.add((self._facts.dtype, what))
+            logging.getLogger("tl_persona").warning(
+                "%s: %s is not exact here (%s): falling back to %s, which is slower",
+                self._facts.name,
+                what if what.endswith("attention") else f"{what} prefixes",
+                reason,
+                instead,
+            )
+        return f"{what}: {reason}"
+
+    def _verdict(self, runner: Runner, plan: Plan, regime: Regime, index: int, names: Sequence[str]) -> Verdict:
+        dtype, verdicts = self._facts.dtype, self._memory.verdicts
+        key = (dtype, runner.attention, regime)
+        known = verdicts.get(key)
         # What is right for several rows is right for one.
-        for candidate in (known, self._verdicts.get((dtype, regime._replace(several=True)))):
+        for candidate in (known, verdicts.get((*key[:2], regime._replace(several=True)))):
             if candidate and candidate.lasting and (not candidate.holds or candidate.hooks.issuperset(names)):
                 return candidate
-        verdict = prove(self._runner, plan, index, self._hooks_to_prove(names), dtype, self._critical)
+        hooks = self._hooks_to_prove(names)
+        verdict = prove(runner, self._runners[-1], plan, index, hooks, dtype, self._critical)
         if known is not None and known.holds and verdict.holds:
             verdict = replace(verdict, hooks=verdict.hooks | known.hooks)
-        self._verdicts[dtype, regime] = verdict
-        if not verdict.holds and (known is None or known.holds):
-            logging.getLogger("tl_persona").warning(
-                "%s: %s prefixes are not exact here (%s): falling back to %s, which is slower",
-                self._facts.name,
-                plan.sharing,
-                verdict.reason,
-                next_best(plan.sharing),
-            )
+        verdicts[key] = verdict
         return verdict
 
     def _hooks_to_prove(self, names: Sequence[str]) -> list[str]:
@@ -139,6 +168,15 @@ class Prover:
         blocks = range(self._facts.n_layers if stop is None else stop)
         residuals = [f"blocks.{block}.hook_resid_post" for block in blocks]
         return list(dict.fromkeys([*names, *(name for name in residuals if name in self._facts.hook_names)]))
+
+
+def _noted(notes: dict[str, Any], fallbacks: list[str], runner: Runner | None = None) -> dict[str, Any]:
+    """Notes with what is not always there."""
+    if runner is not None and runner.attention == "fused":
+        notes["attention"] = runner.attention
+    if fallbacks:
+        notes["fallbacks"] = fallbacks
+    return notes
 
 
 def shortcuts(plan: Plan, critical_lengths: Sequence[int]) -> dict[Regime, int]:
@@ -175,7 +213,13 @@ def next_best(sharing: Sharing) -> Sharing:
 
 
 def prove(
-    runner: Runner, plan: Plan, index: int, names: Sequence[str], dtype: str, critical_lengths: Sequence[int] = ()
+    runner: Runner,
+    plain_runner: Runner,
+    plan: Plan,
+    index: int,
+    names: Sequence[str],
+    dtype: str,
+    critical_lengths: Sequence[int] = (),
 ) -> Verdict:
     """Compares one pass of a plan with the plain path, on the text in it that is most exposed to its company."""
     each = plan.passes[index]
@@ -189,7 +233,7 @@ def prove(
     worst = 0.0
     for witness in _witnesses(each, critical_lengths):
         whole = Pass((Row((Segment((witness.member,), 0, witness.stop),)),))
-        plain, _ = runner.run(plan, whole, names, None, 0)
+        plain, _ = plain_runner.run(plan, whole, names, None, 0)
         for name in names:
             expected = capture_of(plain, name)[0].detach().cpu().double()
             size = expected.norm(dim=-1)

@@ -1,0 +1,1 @@
+"""A loopback stand-in of an NDIF server that executes requests and fails on cue."""

@@ -1,0 +1,188 @@
+"""GGUF control vectors: written as llama.cpp reads them, and read back.
+
+llama.cpp adds the tensor `direction.i` to the output of block i, for i from 1 to the last block. There is no direction
+0, so a vector of block 0 cannot be written. All else that a vector says of itself goes along in keys of our own, which
+other programs pass over. The format is specified in `docs/export.md`. Writing needs the package `gguf`, loaded then;
+the bytes are read by `gguf_reader`.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy
+import torch
+from torch import Tensor
+
+from tl_persona.errors import (
+    CorruptFileError,
+    InputError,
+    MissingDependencyError,
+    NonFiniteError,
+    NotStoredError,
+    StoreError,
+)
+from tl_persona.export.gguf_reader import parse_gguf
+from tl_persona.export.outgoing import Outgoing, block_outputs
+from tl_persona.files import make_folder, write_atomically
+from tl_persona.provenance import text_digest
+from tl_persona.vector_files import Fields, contents_of, fields_of, tensor_digest
+
+ARCHITECTURE = "controlvector"
+FORMAT_VERSION = "1"
+SUFFIX = ".gguf"
+
+_MODEL_HINT = f"{ARCHITECTURE}.model_hint"
+_LAYER_COUNT = f"{ARCHITECTURE}.layer_count"
+_VERSION = "tl_persona.format_version"
+_CONTENTS = "tl_persona.contents"
+_DIGEST = "tl_persona.sha256"
+_DIRECTION = re.compile(r"direction\.(0|[1-9]\d{0,8})")
+
+
+def write_control_vector(path: Path, vectors: Iterable[Outgoing], model_hint: str | None = None) -> Path:
+    """Write vectors as one GGUF file, whole or not at all.
+
+    Args:
+        path: The file; `.gguf` is appended where it is missing.
+        vectors: At most one a block, none of block 0; written as float32.
+        model_hint: What the file says its model is; None is the model's name. No known program compares it.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: There is no vector, or one acts on the output of block 0 or at another hook.
+        NonFiniteError: A vector does not fit float32.
+        MissingDependencyError: The package gguf is not installed.
+        StoreError: The file system refused.
+    """
+    chosen = sorted(block_outputs(vectors, "llama.cpp"), key=lambda vector: vector.layer_index)
+    if chosen[0].layer_index == 0:
+        raise InputError(
+            f"{chosen[0].label}: a GGUF control vector has no direction 0, as llama.cpp leaves the output of block 0 "
+            "alone: export without it, by layers=..."
+        )
+    contents = [contents_of(vector, vector.label) for vector in chosen]
+    tensors = [_as_float32(vector) for vector in chosen]
+    if path.suffix != SUFFIX:
+        path = path.with_name(path.name + SUFFIX)
+    gguf = _gguf()
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, "draft")
+        writer = gguf.GGUFWriter(draft, ARCHITECTURE)
+        writer.add_string(_MODEL_HINT, chosen[0].model_name if model_hint is None else model_hint)
+        writer.add_uint32(_LAYER_COUNT, len(chosen))
+        writer.add_string(_VERSION, FORMAT_VERSION)
+        writer.add_array(_CONTENTS, contents)
+        writer.add_string(_DIGEST, _digest(contents, tensors))
+        for vector, tensor in zip(chosen, tensors, strict=True):
+            writer.add_tensor(f"direction.{vector.layer_index}", tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        data = draft.read_bytes()
+    make_folder(path.parent)
+    write_atomically(path, data)
+    return path
+
+
+def read_control_vector(path: Path, behavior: str | None = None, model_name: str | None = None) -> list[Fields]:
+    """What the vectors of a GGUF file are made of, ours or another program's.
+
+    Args:
+        path: The file.
+        behavior: Takes the place of what the file says; a file that is not ours says nothing, and its stem is taken.
+        model_name: Likewise; a file that is not ours has its model hint taken.
+
+    Returns:
+        The arguments of a `SteeringVector` for each layer, ascending; vectors in float32.
+
+    Raises:
+        NotStoredError: There is no such file.
+        CorruptFileError: It is no control vector that llama.cpp would take, or was altered since it was written.
+        StoreError: A later version of this package wrote it.
+    """
+    if not path.is_file():
+        raise NotStoredError(f"{path}: there is no such file")
+    try:
+        texts, directions = parse_gguf(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{path}: not a whole GGUF file: {error}") from error
+    architecture = texts.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise CorruptFileError(f"{path}: its architecture is {architecture!r}, not {ARCHITECTURE!r}")
+    if not directions:
+        raise CorruptFileError(f"{path}: it holds no direction")
+    tensors = {}
+    for name, found in directions.items():
+        match = _DIRECTION.fullmatch(name)
+        if match is None or match.group(1) == "0":
+            raise CorruptFileError(f"{path}: tensor {name!r} is no direction of a block from 1 on")
+        if found.data is None or len(found.shape) != 1 or not found.data:
+            what = "not F32" if found.data is None else f"of shape {found.shape}"
+            raise CorruptFileError(f"{path}: {name} is {what}: llama.cpp takes 1-D F32 only")
+        tensor = torch.from_numpy(numpy.frombuffer(found.data, dtype="<f4").copy())
+        tensors[int(match.group(1))] = tensor
+    layers = sorted(tensors)
+    if texts.keys().isdisjoint((_VERSION, _CONTENTS, _DIGEST)):
+        vectors = [
+            _foreign(layer, tensors[layer], path.stem, str(texts.get(_MODEL_HINT) or "unknown")) for layer in layers
+        ]
+    else:
+        vectors = _own(path, texts, [tensors[layer] for layer in layers], layers)
+    given = {"behavior": behavior, "model_name": model_name}
+    return [fields | {name: value for name, value in given.items() if value is not None} for fields in vectors]
+
+
+def _own(
+    path: Path, texts: Mapping[str, str | list[str]], tensors: Sequence[Tensor], layers: Sequence[int]
+) -> list[Fields]:
+    if texts.get(_VERSION, FORMAT_VERSION) != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: has format version {texts.get(_VERSION)!r}, this package reads {FORMAT_VERSION!r}: upgrade"
+        )
+    contents = texts.get(_CONTENTS)
+    if _VERSION not in texts or not isinstance(contents, list) or texts.get(_DIGEST) != _digest(contents, tensors):
+        raise CorruptFileError(f"{path}: its directions do not fit their checksum: the file was altered")
+    if len(contents) != len(tensors):
+        raise CorruptFileError(f"{path}: it describes {len(contents)} directions and holds {len(tensors)}")
+    found = [fields_of(text, tensor, path) for text, tensor in zip(contents, tensors, strict=True)]
+    if [fields["layer_index"] for fields in found] != list(layers):
+        raise CorruptFileError(f"{path}: its directions are of layers {list(layers)}, its description says otherwise")
+    return found
+
+
+def _foreign(layer: int, tensor: Tensor, behavior: str, model_name: str) -> Fields:
+    return {
+        "behavior": behavior,
+        "layer_index": layer,
+        "vector": tensor,
+        "model_name": model_name,
+        "extraction_method": "gguf",
+    }
+
+
+def _digest(contents: Sequence[str], tensors: Sequence[Tensor]) -> str:
+    return text_digest([*contents, *map(tensor_digest, tensors)])
+
+
+def _as_float32(vector: Outgoing) -> Tensor:
+    tensor = vector.vector.to("cpu", torch.float32).contiguous()
+    if not tensor.isfinite().all():
+        raise NonFiniteError(f"{vector.label} overflows float32, in which GGUF control vectors are written")
+    return tensor
+
+
+def _gguf() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependencyError(
+            'writing GGUF files needs the package gguf: pip install "tl-persona[gguf]"'
+        ) from error
+    module: ModuleType = gguf
+    return module
