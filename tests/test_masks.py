@@ -277,6 +277,8 @@ def test_masks_stay_on_the_device_of_the_batch() -> None:
     batch = [a_prompt((1, 1, 1, extra), (1, 1, 1), {4}, "s1") for extra in (0, 3)]
     spans = SpanBatch.of(batch, device="meta")
     assert {builder(spans).device.type for strategy, builder in BUILDERS.items() if strategy in SPAN_OF} == {"meta"}
+    # The builders that look beside a span read values, which tensors on this device have not; they use these two.
+    assert {spans.is_special.device.type, spans.is_token.device.type} == {"meta"}
 
 
 @every_strategy

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_persona import plan as plan_module
@@ -144,6 +144,30 @@ def test_every_position_of_every_sample_runs_exactly_once_with_all_before_it_in_
     assert read_back(plan, texts) == texts
 
 
+def test_nothing_is_planned_past_the_last_token_that_a_mask_selects() -> None:
+    ids = torch.tensor([7, 8, 9, 10, 11])
+    masks = torch.tensor([[True, False, False, False, False], [False, True, True, False, False]])
+    for sharing in Sharing:
+        plan = make_plan([Sample("short", ids, masks), Sample("whole", ids, masks.flip(1))], sharing=sharing)
+        short, whole = plan.samples
+        assert short.input_ids.tolist() == [7, 8, 9] and whole.input_ids.equal(ids)
+        assert short.masks.tolist() == [[True, False, False], [False, True, True]]
+        assert whole.masks.equal(masks.flip(1))
+        assert plan.tokens == 3 + 5
+
+
+@given(TEXTS, SHARING, SHARING, LIMITS, st.integers(1, 60), st.none() | st.integers(1, 4))
+def test_a_plan_for_another_sharing_is_the_one_made_for_it_within_the_same_limits(
+    texts: list[Text], first: Sharing, second: Sharing, limits: dict[str, int], budget: int, max_rows: int | None
+) -> None:
+    with small_limits(**limits):
+        changed = planned(texts, sharing=first, batch_tokens=budget, max_rows=max_rows).with_sharing(second)
+        direct = planned(texts, sharing=second, batch_tokens=budget, max_rows=max_rows)
+    assert changed.passes == direct.passes
+    assert [each.input_ids.tolist() for each in changed.samples] == texts
+    assert (changed.sharing, changed.batch_tokens, changed.max_rows) == (second, budget, max_rows)
+
+
 @given(TEXTS, SHARING, LIMITS)
 def test_a_prefix_runs_alone_before_what_continues_it_and_only_packing_puts_texts_side_by_side(
     texts: list[Text], sharing: Sharing, limits: dict[str, int]
@@ -262,6 +286,45 @@ def test_a_prefix_that_saves_little_gets_no_pass_of_its_own() -> None:
         chats(n_personas=1, n_questions=2, header=0, persona=plan_module.WORTH_CACHING), sharing=Sharing.CACHED
     )
     assert [each.kept for each in plan.passes] == [True, False]
+
+
+def test_no_more_rows_continue_a_prefix_at_once_than_its_keys_are_copied_for() -> None:
+    for sharing, n_questions, max_rows in [
+        (Sharing.CACHED, 20, None),
+        (Sharing.CACHED, 20, 3),
+        (Sharing.PACKED, 400, 3),
+    ]:
+        texts = chats(n_personas=1, n_questions=n_questions, header=0)
+        plan = planned(texts, sharing=sharing, batch_tokens=100_000, max_rows=max_rows)
+        rows = [len(each.rows) for each in plan.passes if each.context is not None]
+        assert max(rows) == (max_rows or plan_module.CACHED_ROWS)
+    texts = chats(n_personas=1, n_questions=400, header=0)
+    plan = planned(texts, sharing=Sharing.PACKED, batch_tokens=100_000)
+    assert max(len(each.rows) for each in plan.passes) == plan_module.CACHED_ROWS
+
+
+@given(st.lists(st.integers(1, 30), min_size=5, max_size=30))
+@settings(max_examples=25)
+def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_shares(lengths: list[int]) -> None:
+    """The price of a pass, written out: starting it, its tokens with padding, and the keys that each of them sees."""
+    starting, keys_a_token, prefix = 6, 30, 20
+    fresh = itertools.count(100)
+    texts = [[*range(prefix), *itertools.islice(fresh, length)] for length in lengths]
+
+    def price(shares: tuple[int, ...]) -> float:
+        with mock.patch.object(plan_module, "ROW_SHARES", shares):
+            passes = [each for each in planned(texts, sharing=Sharing.PACKED).passes if each.context is not None]
+        widths = [(len(each.rows), max(sum(map(len, row.segments)) for row in each.rows)) for each in passes]
+        assert widths
+        return sum(starting + rows * width * (1 + (prefix + width) / keys_a_token) for rows, width in widths)
+
+    shares = plan_module.ROW_SHARES
+    with (
+        small_limits(min_shared=1, worth_caching=0, row_tokens=24, cached_rows=4),
+        mock.patch.object(plan_module, "TOKENS_A_PASS", starting),
+        mock.patch.object(plan_module, "KEYS_A_TOKEN", keys_a_token),
+    ):
+        assert price(shares) == pytest.approx(min(price((share,)) for share in shares))
 
 
 def test_contrast_pairs_lie_side_by_side_each_with_its_question_once() -> None:

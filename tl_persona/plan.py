@@ -64,11 +64,12 @@ class Sample:
     input_ids: Int[Tensor, "pos"]
     masks: Bool[Tensor, "mask pos"]
 
-    def check(self, n_ctx: int | None) -> None:
+    def check(self, n_ctx: int | None, vocabulary: int | None = None) -> None:
         """Refuses what no backend could run.
 
         Raises:
-            InputError: Not 1-D, empty, ids and masks of different lengths, or longer than the model's context.
+            InputError: Not 1-D, empty, ids and masks of different lengths, an id outside the vocabulary, or longer than
+                the model's context.
             MaskError: A mask selects nothing.
         """
         if self.input_ids.ndim != 1:
@@ -90,6 +91,12 @@ class Sample:
             raise InputError(f"sample {self.sample_id!r} has no tokens")
         if not bool(self.masks.any(dim=1).all()):
             raise MaskError(f"sample {self.sample_id!r}: a mask selects 0 of {n_pos} tokens")
+        lowest, highest = int(self.input_ids.min()), int(self.input_ids.max())
+        if vocabulary is not None and not 0 <= lowest <= highest < vocabulary:
+            raise InputError(
+                f"sample {self.sample_id!r}: token ids from {lowest} to {highest}, but the model has {vocabulary} "
+                "tokens: use its own tokenizer"
+            )
         if n_ctx is not None and n_pos > n_ctx:
             raise InputError(
                 f"sample {self.sample_id!r} has {n_pos} tokens, the model's context is {n_ctx}: shorten the persona "
@@ -205,6 +212,7 @@ def make_plan(
     samples: Sequence[Sample],
     *,
     n_ctx: int | None = None,
+    vocabulary: int | None = None,
     batch_tokens: int | None = None,
     max_rows: int | None = None,
     sharing: Sharing = Sharing.NONE,
@@ -214,6 +222,7 @@ def make_plan(
     Args:
         samples: What to run.
         n_ctx: The model's context, which no sample may exceed.
+        vocabulary: How many tokens the model has.
         batch_tokens: Padded tokens a pass may hold; None is `DEFAULT_BATCH_TOKENS`. A longer sample runs alone.
         max_rows: Rows a pass may hold; None sets no limit.
         sharing: What the model is capable of.
@@ -228,7 +237,7 @@ def make_plan(
         if limit is not None and limit < 1:
             raise InputError(f"{name} must be at least 1, got {limit}")
     for sample in samples:
-        sample.check(n_ctx)
+        sample.check(n_ctx, vocabulary)
     samples = [sample.needed() for sample in samples]
     if sharing is Sharing.NONE:
         layout = _Layout(budget, max_rows, packs=False)

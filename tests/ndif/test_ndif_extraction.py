@@ -16,6 +16,7 @@ from tl_persona.errors import RemoteRefusedError
 from tl_persona.plan import Sample
 
 RELATIVE = 1e-4
+pytestmark = pytest.mark.timeout(300)  # the same model runs here too, next to the server
 KINDS = pytest.mark.parametrize("kind", ["bridge", pytest.param("hooked", marks=pytest.mark.hooked)])
 
 
@@ -32,12 +33,12 @@ def persona() -> Any:
 
 @pytest.fixture(scope="session")
 def extracted(ndif: Any, persona: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that the command line filled from the server: eight strategies, two variants, eight questions."""
+    """A store that the command line filled from the server: eight strategies, two variants, four questions."""
     root = tmp_path_factory.mktemp("remote")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NDIF_HOST", ndif.url)
         command = ["extract", "--backend", "remote", "--model", ndif.model_folder, "--persona-id", persona.id]
-        options = ["--mask-strategy", "all", "--n-train", "8", "--activations-dir", str(root), "--timeout", "80"]
+        options = ["--mask-strategy", "all", "--n-train", "4", "--activations-dir", str(root), "--timeout", "80"]
         assert main([*command, *options]) == 0
     return root
 
@@ -46,7 +47,7 @@ def extracted(ndif: Any, persona: Any, tmp_path_factory: pytest.TempPathFactory)
 def test_the_command_line_leaves_the_artifacts_of_a_local_run(
     kind: str, extracted: Path, persona: Any, smollm2_hooked: Callable[[str], Any], ndif: Any, tmp_path: Path
 ) -> None:
-    questions, _ = PersonaDataset.bundled().train_test_split(persona.id, n_train=8)
+    questions, _ = PersonaDataset.bundled().train_test_split(persona.id, n_train=4)
     run_extraction(
         smollm2_hooked(kind),
         Path(ndif.model_folder).name,
@@ -69,7 +70,7 @@ def test_the_command_line_leaves_the_artifacts_of_a_local_run(
 def test_a_second_run_computes_nothing(extracted: Path, ndif: Any, persona: Any, capsys: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in extracted.rglob("*.safetensors")}
     command = ["extract", "--backend", "remote", "--model", ndif.model_folder, "--persona-id", persona.id]
-    assert main([*command, "--mask-strategy", "all", "--n-train", "8", "--activations-dir", str(extracted)]) == 0
+    assert main([*command, "--mask-strategy", "all", "--n-train", "4", "--activations-dir", str(extracted)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in extracted.rglob("*.safetensors")}
 
 

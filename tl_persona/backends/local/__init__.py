@@ -17,7 +17,7 @@ from tl_persona.backends.local.budget import default_batch_tokens
 from tl_persona.backends.local.passes import Runner, capture_of, runners_for
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover
-from tl_persona.errors import HookError, InputError, NonFiniteError
+from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.models import HookedModel, ModelFacts
 from tl_persona.plan import Pass, Plan, Row, Sample, Segment, Sharing, make_plan
 
@@ -54,21 +54,14 @@ class LocalBackend:
             max_rows: Rows a pass may hold; None sets no limit.
 
         Raises:
-            InputError: An id that is none of the model's tokens; else see `plan.make_plan`.
+            InputError: See `plan.make_plan`.
         """
-        vocabulary = int(self.model.cfg.d_vocab)
-        for sample in samples:
-            ids = sample.input_ids
-            if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
-                raise InputError(
-                    f"sample {sample.sample_id!r}: token ids from {int(ids.min())} to {int(ids.max())}, but the model "
-                    f"has {vocabulary} tokens: use its own tokenizer"
-                )
         if batch_tokens is None:
             batch_tokens = default_batch_tokens(self.facts, boot.device_of(self.model))
         return make_plan(
             samples,
             n_ctx=self.facts.n_ctx,
+            vocabulary=int(self.model.cfg.d_vocab),
             batch_tokens=batch_tokens,
             max_rows=max_rows,
             sharing=self._plain.sharing,

@@ -226,7 +226,7 @@ def _forgetful_layer() -> Any:
     """
     from transformers.cache_utils import DynamicLayer
 
-    class ForgetfulLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
+    class ForgetfulLayer(DynamicLayer):  # type: ignore[misc, no-untyped-call, unused-ignore]
         def update(self, *args: Any, **kwargs: Any) -> Any:
             before = self.keys, self.values
             appended = super().update(*args, **kwargs)

@@ -15,23 +15,14 @@ import torch
 from torch import Tensor
 
 from tl_persona.backends.local.passes import Runner, capture_of
+from tl_persona.exactness import tolerance_of
 from tl_persona.models import ModelFacts
 from tl_persona.pass_tensors import needs_mask, stop_layer
 from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
-"""Largest difference of a hook's activations relative to their norm: several roundings of a long sum, not more.
-
-It is asked of every position, but in half precision of the mean over each segment: there a rounding can send a token
-to another expert, and the plain path is as fickle.
-"""
-
 _EXACT_DTYPES = ("float64", "float32")
-
-
-def tolerance_of(dtype: str) -> float:
-    """The tolerance for a parameter dtype; a quantized one is held to that of float32."""
-    return TOLERANCE.get(dtype, TOLERANCE["float32"])
+"""Agreement is asked of every position, but in half precision of the mean over each segment: there a rounding can send
+a token to another expert, and the plain path is as fickle."""
 
 
 class Regime(NamedTuple):

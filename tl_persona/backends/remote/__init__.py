@@ -108,19 +108,12 @@ class RemoteBackend:
             max_rows: Rows a pass may hold; None sets no limit.
 
         Raises:
-            InputError: An id that is none of the model's tokens; else see `plan.make_plan`.
+            InputError: See `plan.make_plan`.
         """
-        vocabulary = int(self.model.nnsight_model._module.config.get_text_config().vocab_size)
-        for sample in samples:
-            ids = sample.input_ids
-            if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
-                raise InputError(
-                    f"sample {sample.sample_id!r}: token ids from {int(ids.min())} to {int(ids.max())}, but the model "
-                    f"has {vocabulary} tokens: use its own tokenizer"
-                )
         return make_plan(
             samples,
             n_ctx=self.facts.n_ctx,
+            vocabulary=int(self.model.nnsight_model._module.config.get_text_config().vocab_size),
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             max_rows=max_rows,
             sharing=self._learned.sharing,
