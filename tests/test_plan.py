@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tl_persona import plan as plan_module
@@ -303,11 +303,14 @@ def test_no_more_rows_continue_a_prefix_at_once_than_its_keys_are_copied_for() -
     assert max(len(each.rows) for each in plan.passes) == plan_module.CACHED_ROWS
 
 
-@given(st.lists(st.integers(1, 30), min_size=5, max_size=30))
+@given(st.lists(st.integers(4, 30), min_size=12, max_size=24), st.integers(1, 40), st.sampled_from([10, 50, 250]))
+@example([23, 28, 26, 19, 8, 22, 21, 28, 7, 14, 5, 17, 6, 16, 29], 10, 10)  # where a price a little off misleads
 @settings(max_examples=25)
-def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_shares(lengths: list[int]) -> None:
+def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_shares(
+    lengths: list[int], starting: int, keys_a_token: int
+) -> None:
     """The price of a pass, written out: starting it, its tokens with padding, and the keys that each of them sees."""
-    starting, keys_a_token, prefix = 6, 30, 20
+    prefix = 8
     fresh = itertools.count(100)
     texts = [[*range(prefix), *itertools.islice(fresh, length)] for length in lengths]
 
@@ -320,11 +323,54 @@ def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_share
 
     shares = plan_module.ROW_SHARES
     with (
-        small_limits(min_shared=1, worth_caching=0, row_tokens=24, cached_rows=4),
+        small_limits(min_shared=1, worth_caching=0, row_tokens=48, cached_rows=4),
         mock.patch.object(plan_module, "TOKENS_A_PASS", starting),
         mock.patch.object(plan_module, "KEYS_A_TOKEN", keys_a_token),
     ):
         assert price(shares) == pytest.approx(min(price((share,)) for share in shares))
+
+
+def test_rows_behind_a_prefix_are_as_short_as_they_can_be_without_another_pass_where_attention_is_dear() -> None:
+    texts = [[*range(8), *range(100 * n, 100 * n + 6)] for n in range(1, 9)]
+    with (
+        small_limits(min_shared=1, worth_caching=0, row_tokens=48, cached_rows=4),
+        mock.patch.object(plan_module, "TOKENS_A_PASS", 40),
+        mock.patch.object(plan_module, "KEYS_A_TOKEN", 10),
+    ):
+        plan = planned(texts, sharing=Sharing.PACKED)
+    # The 48 tokens cost 40 + 48 * (1 + (8 + 48) / 10) = 357 in one row, 184 in four of 12, and 195 in two passes of 6.
+    assert [(len(each.rows), each.width) for each in plan.passes if each.context is not None] == [(4, 12)]
+
+
+def test_a_branch_behind_a_prefix_that_is_too_long_for_a_row_is_cut_into_its_texts() -> None:
+    prefix, branch = list(range(20)), [30, 31, 32, 33]
+    ends = [branch, [*branch, *range(40, 46)], [*branch, *range(50, 56)], [60, 61, 62]]  # the first is part of two
+    with small_limits(min_shared=1, worth_caching=0, row_tokens=10):
+        plan = planned([prefix + end for end in ends], sharing=Sharing.PACKED)
+    behind = [each for each in plan.passes if each.context is not None]
+    segments = [segment for each in behind for row in each.rows for segment in row.segments]
+    assert sorted((each.members, each.start, each.stop) for each in segments) == [
+        ((0,), 20, 24),
+        ((1,), 20, 30),
+        ((2,), 20, 30),
+        ((3,), 20, 23),
+    ]
+    assert all(len(row) <= 10 for each in behind for row in each.rows)
+
+
+def test_a_text_that_another_continues_is_kept_where_that_saves_enough() -> None:
+    plan = planned([list(range(300)), list(range(305))], sharing=Sharing.CACHED)
+    assert [(each.kept, each.tokens_run) for each in plan.passes] == [(True, 300), (False, 5)]
+
+
+def test_a_prefix_is_weighed_against_what_its_branches_would_run_and_not_against_all_of_it_once() -> None:
+    # Four texts of 115 tokens: 460 without keeping anything, 100 + 4 * 15 with the beginning that all share.
+    beginning, fresh = list(range(100)), itertools.count(1000)
+    branches = [list(itertools.islice(fresh, 10)) for _ in range(2)]
+    texts = [beginning + branch + list(itertools.islice(fresh, 5)) for branch in branches for _ in range(2)]
+    plan = planned(texts, sharing=Sharing.CACHED)
+    assert [each.width for each in plan.passes if each.kept] == [100]
+    assert plan.tokens_distinct == 160
 
 
 def test_contrast_pairs_lie_side_by_side_each_with_its_question_once() -> None:

@@ -435,6 +435,12 @@ def test_a_lone_surrogate_is_refused() -> None:
         one(chatml(), "You are Mara.", "Who?", "A\ud83d")
 
 
+@pytest.mark.parametrize("half", ["\ud800", "\udbff", "\udc00", "\udfff"])
+def test_either_half_of_a_pair_is_refused_to_the_last(half: str) -> None:
+    with pytest.raises(PromptError, match="half of a surrogate pair"):
+        one(chatml(), "You are Mara.", "Who?", f"A{half}")
+
+
 def test_a_word_level_vocabulary_without_the_word_is_refused() -> None:
     backend = Tokenizer(models.BPE(vocab={"A": 0, "?": 1}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -233,6 +233,42 @@ def test_a_strategy_may_be_given_to_the_store_or_to_the_call(store: PersonaVecto
     assert PersonaVectorStore(MODEL, tmp_path / "root", None).path_of("v", "a").parts[-3] == "answer_mean"
 
 
+def test_every_call_looks_where_its_own_strategy_says(store: PersonaVectorStore) -> None:
+    last = msgspec.structs.replace(
+        PROVENANCE, strategy="answer_last", hook_names=PROVENANCE.hook_names[:1], sample_ids=("q9",)
+    )
+    save(store, "a")
+    save(store, "a", "biography")
+    for persona_id in ("a", "b"):
+        save(
+            store,
+            persona_id,
+            mask_strategy="answer_last",
+            persona_name="Bo",
+            vectors=-VECTORS[:1],
+            sample_ids=["q9"],
+            provenance=last,
+        )
+    assert store.load("templated", "a", "answer_last").equal(-VECTORS[:1])
+    assert store.persona_names(["a"], ["templated"], "answer_last") == {"a": "Bo"}
+    assert store.persona_sample_ids("templated", "a", "answer_last") == ["q9"]
+    assert store.list_layers(["templated"], mask_strategy="answer_last") == [0]
+    assert store.available_variants(mask_strategy="answer_last") == ["templated"]
+    assert store.provenance("templated", "a", "answer_last") == last
+    assert store.stored_digest("templated", "a", "answer_last") == last.digest()
+    assert store.status("templated", "a", last, "answer_last").state == "same"
+    assert store.rebuild_manifest("templated", "answer_last") == ["a", "b"]
+    assert store.rebuild_manifest("templated") == ["a"]
+
+
+def test_the_variants_in_use_are_those_that_were_asked_for(store: PersonaVectorStore) -> None:
+    save(store, "a", "templated")
+    save(store, "a", "biography")
+    save(store, "a", "own")
+    assert store.available_variants() == ["templated", "biography"]
+    assert store.available_variants(["own", "absent", "biography"]) == ["own", "biography"]
+
+
 def test_a_missing_vector_is_a_missing_file(store: PersonaVectorStore) -> None:
     for ask in (store.load, store.provenance):
         with pytest.raises(FileNotFoundError, match="nobody"):
