@@ -1,8 +1,11 @@
 """The command line: what it saves, what it says, and how it ends."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -415,3 +418,11 @@ def test_show_reads_a_file_of_another_library(cli: CommandLine) -> None:
 def test_show_of_what_is_not_there_ends_with_1(cli: CommandLine) -> None:
     assert cli.run("show", cli.folder / "nothing.safetensors") == 1
     assert "tl-persona: error:" in cli.err and "nothing.safetensors" in cli.err
+
+
+def test_no_librarys_bar_is_drawn_where_there_is_no_terminal() -> None:
+    code = "from tl_persona.cli import main; main(['show', 'nothing']); import tqdm; [*tqdm.tqdm(range(9), 'a bar')]"
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "nothing" in done.stderr
+    assert "a bar" not in done.stderr

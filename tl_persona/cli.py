@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 something failed while running; 2 bad arguments or input.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; None takes the process's own.
     """
     arguments = build_parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        # Other libraries' bars are for terminals; this is read when tqdm is imported, which importing torch does.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     command = import_module(f"tl_persona.commands.{arguments.command}")
     try:
         code: int = command.run(arguments)

@@ -68,9 +68,8 @@ def load_for_backend(arguments: Namespace, console: Console) -> "HookedModel | R
 
 
 def _silence_progress_bars(console: Console) -> None:
-    """Other libraries' bars are for terminals."""
+    """Bars of transformers' own are for terminals; others have `TQDM_DISABLE`, which `cli` sets."""
     if not console.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that are not transformers' own; read on tqdm's import
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
