@@ -21,8 +21,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 # One worker a core; a file's tests stay together, so that a model they share is loaded once.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --jaxtyping-packages=tl_persona,beartype.beartype
-# It needs llama.cpp, which test-llama compiles. What needs a browser or a server is in folders that pytest passes over.
-APART := --ignore=tests/test_llama_cpp.py
+# One needs llama.cpp, which test-llama compiles; the other is no test, and imports what is not installed. What needs a browser
+# or a server is in folders that pytest passes over.
+APART := --ignore=tests/test_llama_cpp.py --ignore=tests/mutants.py
 READY := $(VENV)/.ready
 TL3 := $(VENV)/tl3
 PEERS := $(VENV)/peers
