@@ -188,14 +188,13 @@ class RemoteBackend:
         if not appetite.whole:
             return self._chunked(payload_of(part.with_sharing(Sharing.NONE), slots, n_slots), hook_names)
         shared = self._proven(part, hook_names)
-        last = 1 + max(_layer(name) for name in hook_names)
-        sums, _ = self._requests.run(payload_of(shared, slots, n_slots), hook_names, Chunk(0, last))
+        sums, _ = self._requests.run(payload_of(shared, slots, n_slots), hook_names, Chunk(0, _stop(hook_names)))
         return sums
 
     def _chunked(self, payload: Payload, hook_names: Sequence[str]) -> SlotSums:
         """The blocks a few at a time, each request entering with the residual that the one before it left."""
         size = self._learned.appetite.layers
-        last = 1 + max(_layer(name) for name in hook_names)
+        last = _stop(hook_names)
         sums = torch.zeros(payload.n_slots, len(hook_names), self.facts.d_model)
         entries: tuple[Tensor, ...] = ()
         for start in range(0, last, size):
@@ -207,21 +206,24 @@ class RemoteBackend:
 
     def _proven(self, part: Plan, hook_names: Sequence[str]) -> Plan:
         """The group's plan with the most sharing that is exact on the server's model."""
-        learned = self._learned
+        learned, hooks = self._learned, frozenset(hook_names)
         while True:
             plan = part.with_sharing(learned.sharing)
-            hooks = frozenset(hook_names)
+            kinds = kinds_of(plan)
             todo = [
                 index
-                for kind, index in kinds_of(plan).items()
+                for kind, index in kinds.items()
                 if learned.proven.get((learned.sharing, kind, hooks), 0) < reach_of(plan, plan.passes[index])
             ]
             if not todo:
                 return plan
             flaw = self._flaw(plan, todo, hook_names)
             if flaw is None:
-                for kind, index in kinds_of(plan).items():
-                    learned.proven[learned.sharing, kind, hooks] = reach_of(plan, plan.passes[index])
+                learned.proven |= {
+                    (learned.sharing, kind, hooks): reach_of(plan, plan.passes[index])
+                    for kind, index in kinds.items()
+                    if index in todo
+                }
                 return plan
             learned.fallbacks.append(f"{learned.sharing}: {flaw}")
             learned.sharing = _NEXT_BEST[learned.sharing]
@@ -229,10 +231,9 @@ class RemoteBackend:
     def _flaw(self, plan: Plan, chosen: Sequence[int], hook_names: Sequence[str]) -> str | None:
         """Why passes of a plan cannot be trusted on the server's model; None where they can."""
         witness = witness_of(plan, chosen)
-        last = 1 + max(_layer(name) for name in hook_names)
         try:
             payload = payload_of(witness.plan, witness.slots, witness.n_slots)
-            sums, _ = self._requests.run(payload, hook_names, Chunk(0, last))
+            sums, _ = self._requests.run(payload, hook_names, Chunk(0, _stop(hook_names)))
         except RemoteRefusedError as refusal:
             return str(refusal)
         error = witness.error(sums)
@@ -270,6 +271,11 @@ def _layer(hook_name: str) -> int:
     layer = layer_of(hook_name)
     assert layer is not None, hook_name  # `Sites` has hooks of blocks only
     return layer
+
+
+def _stop(hook_names: Sequence[str]) -> int:
+    """The first block that need not run."""
+    return 1 + max(_layer(name) for name in hook_names)
 
 
 def _as_remote_model(model: Any, tokenizer: Any, remote: bool) -> RemoteModel:
