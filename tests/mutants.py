@@ -30,6 +30,7 @@ TESTS = {
     "masks": ["test_masks.py"],
     "plan": ["test_plan.py", "test_tries.py"],
     "prompts": ["test_prompts.py"],
+    "rows": ["test_plan.py", "test_tries.py"],
     "store": ["test_store.py", "test_store_damage.py", "test_store_check.py"],
 }
 """The tests of each module that need no model; `-k` leaves out those that take seconds."""

@@ -31,6 +31,7 @@ STAGES = (
     "prompts",
     "masks",
     "tries",
+    "rows",
     "plan",
     "prepared",
     "verification",

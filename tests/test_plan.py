@@ -13,8 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tl_persona import plan as plan_module
+from tl_persona import rows as rows_module
 from tl_persona.errors import InputError, MaskError
-from tl_persona.plan import Plan, Sample, Segment, Sharing, make_plan
+from tl_persona.plan import Plan, Sample, Sharing, make_plan
+from tl_persona.rows import Segment
 
 
 def sample(*ids: int, sample_id: str = "q7") -> Sample:
@@ -84,9 +86,9 @@ def small_limits(
     """Limits of a size at which texts of a few tokens take every way through the planner."""
     with (
         mock.patch.object(plan_module, "MIN_SHARED", min_shared),
-        mock.patch.object(plan_module, "WORTH_CACHING", worth_caching),
-        mock.patch.object(plan_module, "PACKED_ROW_TOKENS", row_tokens),
-        mock.patch.object(plan_module, "CACHED_ROWS", cached_rows),
+        mock.patch.object(rows_module, "WORTH_CACHING", worth_caching),
+        mock.patch.object(rows_module, "PACKED_ROW_TOKENS", row_tokens),
+        mock.patch.object(rows_module, "CACHED_ROWS", cached_rows),
     ):
         yield
 
@@ -279,11 +281,11 @@ def test_a_header_is_kept_where_nothing_longer_is_shared() -> None:
 
 def test_a_prefix_that_saves_little_gets_no_pass_of_its_own() -> None:
     plan = planned(
-        chats(n_personas=1, n_questions=2, header=0, persona=plan_module.WORTH_CACHING - 1), sharing=Sharing.CACHED
+        chats(n_personas=1, n_questions=2, header=0, persona=rows_module.WORTH_CACHING - 1), sharing=Sharing.CACHED
     )
     assert not any(each.kept for each in plan.passes)
     plan = planned(
-        chats(n_personas=1, n_questions=2, header=0, persona=plan_module.WORTH_CACHING), sharing=Sharing.CACHED
+        chats(n_personas=1, n_questions=2, header=0, persona=rows_module.WORTH_CACHING), sharing=Sharing.CACHED
     )
     assert [each.kept for each in plan.passes] == [True, False]
 
@@ -297,10 +299,10 @@ def test_no_more_rows_continue_a_prefix_at_once_than_its_keys_are_copied_for() -
         texts = chats(n_personas=1, n_questions=n_questions, header=0)
         plan = planned(texts, sharing=sharing, batch_tokens=100_000, max_rows=max_rows)
         rows = [len(each.rows) for each in plan.passes if each.context is not None]
-        assert max(rows) == (max_rows or plan_module.CACHED_ROWS)
+        assert max(rows) == (max_rows or rows_module.CACHED_ROWS)
     texts = chats(n_personas=1, n_questions=400, header=0)
     plan = planned(texts, sharing=Sharing.PACKED, batch_tokens=100_000)
-    assert max(len(each.rows) for each in plan.passes) == plan_module.CACHED_ROWS
+    assert max(len(each.rows) for each in plan.passes) == rows_module.CACHED_ROWS
 
 
 @given(st.lists(st.integers(4, 30), min_size=12, max_size=24), st.integers(1, 40), st.sampled_from([10, 50, 250]))
@@ -315,17 +317,17 @@ def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_share
     texts = [[*range(prefix), *itertools.islice(fresh, length)] for length in lengths]
 
     def price(shares: tuple[int, ...]) -> float:
-        with mock.patch.object(plan_module, "ROW_SHARES", shares):
+        with mock.patch.object(rows_module, "ROW_SHARES", shares):
             passes = [each for each in planned(texts, sharing=Sharing.PACKED).passes if each.context is not None]
         widths = [(len(each.rows), max(sum(map(len, row.segments)) for row in each.rows)) for each in passes]
         assert widths
         return sum(starting + rows * width * (1 + (prefix + width) / keys_a_token) for rows, width in widths)
 
-    shares = plan_module.ROW_SHARES
+    shares = rows_module.ROW_SHARES
     with (
         small_limits(min_shared=1, worth_caching=0, row_tokens=48, cached_rows=4),
-        mock.patch.object(plan_module, "TOKENS_A_PASS", starting),
-        mock.patch.object(plan_module, "KEYS_A_TOKEN", keys_a_token),
+        mock.patch.object(rows_module, "TOKENS_A_PASS", starting),
+        mock.patch.object(rows_module, "KEYS_A_TOKEN", keys_a_token),
     ):
         assert price(shares) == pytest.approx(min(price((share,)) for share in shares))
 
@@ -334,8 +336,8 @@ def test_rows_behind_a_prefix_are_as_short_as_they_can_be_without_another_pass_w
     texts = [[*range(8), *range(100 * n, 100 * n + 6)] for n in range(1, 9)]
     with (
         small_limits(min_shared=1, worth_caching=0, row_tokens=48, cached_rows=4),
-        mock.patch.object(plan_module, "TOKENS_A_PASS", 40),
-        mock.patch.object(plan_module, "KEYS_A_TOKEN", 10),
+        mock.patch.object(rows_module, "TOKENS_A_PASS", 40),
+        mock.patch.object(rows_module, "KEYS_A_TOKEN", 10),
     ):
         plan = planned(texts, sharing=Sharing.PACKED)
     # The 48 tokens cost 40 + 48 * (1 + (8 + 48) / 10) = 357 in one row, 184 in four of 12, and 195 in two passes of 6.

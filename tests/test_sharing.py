@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM
 
 from tl_persona import load_model
 from tl_persona import plan as plan_module
+from tl_persona import rows as rows_module
 from tl_persona.backends import local as local_backend
 from tl_persona.backends import open_backend
 from tl_persona.backends.local import passes, proof
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.errors import HookError, NonFiniteError
-from tl_persona.plan import Pass, Plan, Sample, Sharing, make_plan
+from tl_persona.plan import Plan, Sample, Sharing, make_plan
+from tl_persona.rows import Pass
 
 pytestmark = pytest.mark.tl
 
@@ -49,9 +51,9 @@ ALL_LAYERS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefixes of a few tokens are worth a pass, and rows hold a few texts."""
     monkeypatch.setattr(plan_module, "MIN_SHARED", 4)
-    monkeypatch.setattr(plan_module, "WORTH_CACHING", 8)
-    monkeypatch.setattr(plan_module, "PACKED_ROW_TOKENS", 40)
-    monkeypatch.setattr(plan_module, "CACHED_ROWS", 3)
+    monkeypatch.setattr(rows_module, "WORTH_CACHING", 8)
+    monkeypatch.setattr(rows_module, "PACKED_ROW_TOKENS", 40)
+    monkeypatch.setattr(rows_module, "CACHED_ROWS", 3)
 
 
 @pytest.fixture(scope="session")
@@ -604,7 +606,7 @@ def test_a_prefix_that_is_written_to_by_what_continues_it_is_not_shared(
     for runner in runners:
         runner.sharing = sharing
     monkeypatch.setattr(local_backend, "runners_for", lambda _: runners)
-    monkeypatch.setattr(plan_module, "CACHED_ROWS", 1)
+    monkeypatch.setattr(rows_module, "CACHED_ROWS", 1)
     monkeypatch.setattr(passes, "_continued", lambda cache, n_rows: cache)  # as recurrent state is kept
     notes = assert_exact(model, tiny_hf("llama"), persona())
     assert notes["sharing"] == "none"

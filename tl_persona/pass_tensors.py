@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.hooks import layer_of
-from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
+from tl_persona.plan import Plan, Sharing
+from tl_persona.rows import Pass, Row, Segment
 
 _PAD_ID = 0  # any valid id does: what follows a text cannot change it, and padding is never pooled
 

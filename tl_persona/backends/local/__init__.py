@@ -19,7 +19,8 @@ from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover
 from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.models import HookedModel, ModelFacts
-from tl_persona.plan import Pass, Plan, Row, Sample, Segment, Sharing, make_plan
+from tl_persona.plan import Plan, Sample, Sharing, make_plan
+from tl_persona.rows import Pass, Row, Segment
 
 _HAS_D_MODEL = re.compile(r"(blocks\.\d+\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|embed)")
 

@@ -18,7 +18,8 @@ from tl_persona.backends.local.native import NativeParts, native_parts
 from tl_persona.errors import HookError
 from tl_persona.models import HookedModel
 from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility, stop_layer
-from tl_persona.plan import Pass, Plan, Sharing
+from tl_persona.plan import Plan, Sharing
+from tl_persona.rows import Pass
 
 
 @runtime_checkable

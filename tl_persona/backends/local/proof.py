@@ -18,7 +18,8 @@ from tl_persona.backends.local.passes import Runner, capture_of
 from tl_persona.exactness import tolerance_of
 from tl_persona.models import ModelFacts
 from tl_persona.pass_tensors import needs_mask, stop_layer
-from tl_persona.plan import Pass, Plan, Row, Segment, Sharing
+from tl_persona.plan import Plan, Sharing
+from tl_persona.rows import Pass, Row, Segment
 
 _EXACT_DTYPES = ("float64", "float32")
 """Agreement is asked of every position, but in half precision of the mean over each segment: there a rounding can send

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility
-from tl_persona.plan import Pass, Plan, Segment
+from tl_persona.plan import Plan
+from tl_persona.rows import Pass, Segment
 
 Slots = Sequence[Sequence[int]]
 """For each sample of a plan, the slot that each of its masks is added to."""
