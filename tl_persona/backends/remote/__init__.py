@@ -6,7 +6,7 @@ nnsight model in this process, without a server.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,12 +22,12 @@ from tl_persona.backends.remote.groups import groups_of
 from tl_persona.backends.remote.journal import Journal
 from tl_persona.backends.remote.model import RemoteModel, open_remote_model, running_here
 from tl_persona.backends.remote.payload import Payload, Slots, payload_of
+from tl_persona.backends.remote.proof import Proof
 from tl_persona.backends.remote.requests import Requests
 from tl_persona.backends.remote.settings import RemoteSettings
 from tl_persona.backends.remote.sites import Sites
 from tl_persona.backends.remote.tracing import Chunk
-from tl_persona.backends.remote.witness import Kind, kinds_of, reach_of, witness_of
-from tl_persona.errors import HookError, InputError, NonFiniteError, RemoteMemoryError, RemoteRefusedError
+from tl_persona.errors import HookError, InputError, NonFiniteError, RemoteMemoryError
 from tl_persona.exactness import tolerance_of
 from tl_persona.hooks import layer_of
 from tl_persona.models import ModelFacts
@@ -37,8 +37,6 @@ from tl_persona.tensors import SlotSums
 BATCH_TOKENS = 4096
 """Padded tokens of a pass where the caller sets no budget: servers have more room than laptops."""
 
-_NEXT_BEST = {Sharing.PACKED: Sharing.CACHED, Sharing.CACHED: Sharing.NONE}
-
 
 @dataclass
 class _Learned:
@@ -46,9 +44,7 @@ class _Learned:
 
     facts: ModelFacts
     appetite: Appetite
-    sharing: Sharing = Sharing.PACKED
-    proven: dict[tuple[Sharing, Kind, frozenset[str]], int] = field(default_factory=dict)  # up to which reach
-    fallbacks: list[str] = field(default_factory=list)
+    proof: Proof
 
 
 _LEARNED: "WeakKeyDictionary[Any, _Learned]" = WeakKeyDictionary()
@@ -87,10 +83,11 @@ class RemoteBackend:
         key = self.model.nnsight_model
         if key not in _LEARNED:
             facts = _facts_of(self.model, self._sites, self._requests.dtype())
-            _LEARNED[key] = _Learned(facts, Appetite(facts.n_layers))
+            _LEARNED[key] = _Learned(facts, Appetite(facts.n_layers), Proof(tolerance_of(facts.dtype)))
         self._learned = _LEARNED[key]
         self.facts: ModelFacts = self._learned.facts
         self._path: dict[str, Any] = {}
+        self._shared = False  # whether anything of the last plan was run once for several samples
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -116,7 +113,7 @@ class RemoteBackend:
             vocabulary=int(self.model.nnsight_model._module.config.get_text_config().vocab_size),
             batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
             max_rows=max_rows,
-            sharing=self._learned.sharing,
+            sharing=self._learned.proof.sharing,
         )
 
     def pool(self, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]:
@@ -158,6 +155,7 @@ class RemoteBackend:
                     "of a block, such as blocks.0.hook_resid_post"
                 )
         appetite = self._learned.appetite
+        self._shared = False
         limit = self.model.settings.group_tokens if self.model.settings else plan.tokens
         waiting = list(reversed(groups_of(plan, limit)))
         while waiting:
@@ -180,16 +178,20 @@ class RemoteBackend:
                 continue
             self._check_finite(sums, part, hook_names, local)
             yield group, {slot: sums[index] for slot, index in place.items()}
-        self._path = self._noted(plan)
+        self._path = self._noted()
 
     def _sums(self, part: Plan, hook_names: Sequence[str], slots: Slots, n_slots: int) -> SlotSums:
         """The sums of one group, in as many requests as the server's memory asks for."""
         appetite = self._learned.appetite
         if not appetite.whole:
             return self._chunked(payload_of(part.with_sharing(Sharing.NONE), slots, n_slots), hook_names)
-        shared = self._proven(part, hook_names)
-        sums, _ = self._requests.run(payload_of(shared, slots, n_slots), hook_names, Chunk(0, _stop(hook_names)))
-        return sums
+
+        def run(payload: Payload) -> SlotSums:
+            return self._requests.run(payload, hook_names, Chunk(0, _stop(hook_names)))[0]
+
+        shared = self._learned.proof.proven(part, hook_names, run)
+        self._shared |= any(each.context is not None or each.packed for each in shared.passes)
+        return run(payload_of(shared, slots, n_slots))
 
     def _chunked(self, payload: Payload, hook_names: Sequence[str]) -> SlotSums:
         """The blocks a few at a time, each request entering with the residual that the one before it left."""
@@ -204,42 +206,6 @@ class RemoteBackend:
             sums[:, mine], entries = self._requests.run(payload, [hook_names[index] for index in mine], chunk)
         return sums
 
-    def _proven(self, part: Plan, hook_names: Sequence[str]) -> Plan:
-        """The group's plan with the most sharing that is exact on the server's model."""
-        learned, hooks = self._learned, frozenset(hook_names)
-        while True:
-            plan = part.with_sharing(learned.sharing)
-            kinds = kinds_of(plan)
-            todo = [
-                index
-                for kind, index in kinds.items()
-                if learned.proven.get((learned.sharing, kind, hooks), 0) < reach_of(plan, plan.passes[index])
-            ]
-            if not todo:
-                return plan
-            flaw = self._flaw(plan, todo, hook_names)
-            if flaw is None:
-                learned.proven |= {
-                    (learned.sharing, kind, hooks): reach_of(plan, plan.passes[index])
-                    for kind, index in kinds.items()
-                    if index in todo
-                }
-                return plan
-            learned.fallbacks.append(f"{learned.sharing}: {flaw}")
-            learned.sharing = _NEXT_BEST[learned.sharing]
-
-    def _flaw(self, plan: Plan, chosen: Sequence[int], hook_names: Sequence[str]) -> str | None:
-        """Why passes of a plan cannot be trusted on the server's model; None where they can."""
-        witness = witness_of(plan, chosen)
-        try:
-            payload = payload_of(witness.plan, witness.slots, witness.n_slots)
-            sums, _ = self._requests.run(payload, hook_names, Chunk(0, _stop(hook_names)))
-        except RemoteRefusedError as refusal:
-            return str(refusal)
-        error = witness.error(sums)
-        limit = tolerance_of(self.facts.dtype)
-        return None if error <= limit else f"differs by {error:.1e} from a text run alone, more than {limit:.0e}"
-
     def _check_finite(self, sums: SlotSums, part: Plan, hook_names: Sequence[str], slots: Slots) -> None:
         wrong = (~torch.isfinite(sums)).any(dim=-1).nonzero()
         if not len(wrong):
@@ -252,18 +218,18 @@ class RemoteBackend:
             "the model overflows on the server in its dtype, or the result was damaged on its way"
         )
 
-    def _noted(self, plan: Plan) -> dict[str, Any]:
-        learned = self._learned
-        shares = bool(kinds_of(plan.with_sharing(learned.sharing))) and learned.appetite.whole
-        notes: dict[str, Any] = {"sharing": str(learned.sharing if shares else Sharing.NONE)}
+    def _noted(self) -> dict[str, Any]:
+        appetite, proof = self._learned.appetite, self._learned.proof
+        shares = self._shared and appetite.whole
+        notes: dict[str, Any] = {"sharing": str(proof.sharing if shares else Sharing.NONE)}
         if shares:
-            notes["proof"] = f"within {tolerance_of(self.facts.dtype):.0e}"
-        if learned.fallbacks:
-            notes["fallbacks"] = list(learned.fallbacks)
-        if not learned.appetite.whole:
-            notes["layers_per_request"] = learned.appetite.layers
-        if learned.appetite.samples is not None:
-            notes["samples_per_request"] = learned.appetite.samples
+            notes["proof"] = f"within {proof.tolerance:.0e}"
+        if proof.fallbacks:
+            notes["fallbacks"] = list(proof.fallbacks)
+        if not appetite.whole:
+            notes["layers_per_request"] = appetite.layers
+        if appetite.samples is not None:
+            notes["samples_per_request"] = appetite.samples
         return notes
 
 
