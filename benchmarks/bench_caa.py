@@ -1,7 +1,8 @@
 """Steering vectors of every layer beside rotalabs-steer, steering-vectors and repeng, on SmolLM2 in float32.
 
 Sixteen refusal pairs, rendered once by the chat template and given to everybody as raw text with the last token read.
-The two that take mean differences must agree with ours; repeng takes a principal component, so only its time is told.
+Ours must be the naive oracle's, and the two that take mean differences must agree with it; repeng takes a principal
+component, so only its time is told.
 """
 
 import os
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import relative_error
+from oracle import mean_activations, relative_error
 from peer import Worker
 
 from tl_persona import extract_caa_vectors, load_model, load_pairs
+from tl_persona.checkpoints import find_checkpoint, load_hf_model
 
 N_PAIRS = 16
 ROUNDS = 3
@@ -25,6 +27,17 @@ ROTALABS_LAYERS = 30 if os.environ.get("TL_PERSONA_BENCH_FULL") else 2
 @pytest.fixture(scope="module")
 def model() -> Any:
     return load_model("smollm2")
+
+
+def difference_of_means(tokenizer: Any, pairs: list[dict[str, str]]) -> torch.Tensor:
+    """The oracle's vectors, one text at a time: (layer, d_model)."""
+    plain = load_hf_model(find_checkpoint("smollm2"), dtype=torch.float32)
+
+    def mean(side: str) -> torch.Tensor:
+        texts = [tokenizer(pair[side], return_tensors="pt")["input_ids"][0] for pair in pairs]
+        return mean_activations(plain, [(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in texts])
+
+    return mean("positive") - mean("negative")
 
 
 def test_all_layers_of_a_steering_vector(model: Any, tmp_path: Path, benchmark: Any) -> None:
@@ -42,6 +55,7 @@ def test_all_layers_of_a_steering_vector(model: Any, tmp_path: Path, benchmark: 
         return found
 
     vectors = torch.stack([vector.vector for vector in ours()])
+    assert relative_error(vectors, difference_of_means(model.tokenizer, pairs)) < 1e-5
     own.clear()
     times: dict[str, list[float]] = {}
     output = str(tmp_path / "directions.pt")

@@ -1,7 +1,7 @@
 """Persona extraction beside what a user would run instead, on SmolLM2 in float32, all layers.
 
 Compared with persona-vectors (a trace a sample) and with one `run_with_cache` a sample on our own model. Everything is
-first compared with the naive oracle. `TL_PERSONA_BENCH_QUESTIONS=200` asks for the long run.
+first compared with the naive oracle. `TL_PERSONA_BENCH_FULL=1` asks for the long runs too: half an hour.
 """
 
 import importlib.metadata
@@ -21,8 +21,12 @@ from tl_persona import extract_activations, load_model
 from tl_persona.checkpoints import find_checkpoint, load_hf_model
 from tl_persona.loading import ModelKind
 
-QUESTIONS = int(os.environ.get("TL_PERSONA_BENCH_QUESTIONS", "24"))
-ROUNDS = 2
+CASES: list[tuple[int | None, int]] = [(100, 24), (None, 24)]
+"""Tokens of the persona's description, None for all of it, and questions."""
+if os.environ.get("TL_PERSONA_BENCH_FULL"):
+    CASES += [(2000, 24), (None, 200)]
+LONG = 50_000
+"""Tokens from which one round is enough: the others take minutes."""
 IS_3 = importlib.metadata.version("transformer-lens").startswith("3.")
 KINDS: list[ModelKind] = ["hooked", "bridge"] if IS_3 else ["bridge"]
 
@@ -53,10 +57,13 @@ def matmul_flops() -> float:
     return 2 * 512 * 576 * 1536 / seconds
 
 
+@pytest.mark.parametrize(("persona_tokens", "questions"), CASES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_persona_extraction(kind: ModelKind, tmp_path: Path, benchmark: Any) -> None:
+def test_persona_extraction(
+    kind: ModelKind, persona_tokens: int | None, questions: int, tmp_path: Path, benchmark: Any
+) -> None:
     model = load_model("smollm2", kind)
-    inputs = long_persona_inputs(model.tokenizer, QUESTIONS)
+    inputs = long_persona_inputs(model.tokenizer, questions, persona_tokens)
     oracle = mean_activations(
         load_hf_model(find_checkpoint("smollm2"), dtype=torch.float32), zip(inputs.ids, inputs.masks, strict=True)
     )
@@ -71,18 +78,19 @@ def test_persona_extraction(kind: ModelKind, tmp_path: Path, benchmark: Any) -> 
         request = {"inputs": str(tmp_path / "inputs.pt"), "output": str(tmp_path / "output.pt")}
 
         def run_the_others() -> None:
-            by_hand.append(timed(lambda: one_run_with_cache_a_sample(model, inputs)) if QUESTIONS <= 50 else 0.0)
+            by_hand.append(timed(lambda: one_run_with_cache_a_sample(model, inputs)))
             peer.append(worker.ask(**request)["seconds"])
 
         def run_ours() -> None:
             own.append(timed(lambda: extract_activations(model, inputs.ids, inputs.masks)))
 
-        benchmark.pedantic(run_ours, setup=run_the_others, rounds=ROUNDS if QUESTIONS <= 50 else 1)
+        benchmark.pedantic(run_ours, setup=run_the_others, rounds=1 if inputs.tokens > LONG else 2)
         assert relative_error(torch.load(tmp_path / "output.pt", weights_only=True), oracle) < 1e-5
 
     floor = inputs.tokens_distinct * 2 * _block_weights(model) / matmul_flops()
     print(
-        f"\n{kind}, {QUESTIONS} questions, {inputs.tokens:,} tokens of which {inputs.tokens_distinct:,} distinct:"
+        f"\n{kind}, {questions} questions that share {inputs.shared:,} tokens, {inputs.tokens:,} tokens of which "
+        f"{inputs.tokens_distinct:,} distinct:"
         f"\n  ours                        {min(own):7.2f} s   ({floor / min(own):.0%} of the matmul speed)"
         f"\n  one run_with_cache a sample {min(by_hand):7.2f} s   x {min(by_hand) / min(own):.1f}"
         f"\n  persona-vectors             {min(peer):7.2f} s   x {min(peer) / min(own):.1f}"

@@ -28,28 +28,31 @@ class PersonaInputs:
         return sum(len(ids) for ids in self.ids)
 
     @property
+    def shared(self) -> int:
+        """Tokens that all begin with."""
+        columns = zip(*(ids.tolist() for ids in self.ids), strict=False)
+        return next(index for index, column in enumerate(columns) if len(set(column)) > 1)
+
+    @property
     def tokens_distinct(self) -> int:
-        """Tokens after the longest beginning that all share, and that beginning once."""
-        first, *others = (ids.tolist() for ids in self.ids)
-        shared = len(first)
-        for ids in others:
-            shared = min(
-                shared, next((i for i, (a, b) in enumerate(zip(first, ids, strict=False)) if a != b), len(ids))
-            )
-        return shared + self.tokens - shared * len(self.ids)
+        """Tokens with which all begin, counted once, and all others."""
+        return self.tokens - self.shared * (len(self.ids) - 1)
 
 
-def long_persona_inputs(tokenizer: Any, questions: int, repeats: int = 1) -> PersonaInputs:
-    """Biography and attributes as one system prompt of some 640 tokens, and that many questions.
+def long_persona_inputs(tokenizer: Any, questions: int, persona_tokens: int | None = None) -> PersonaInputs:
+    """Biography and attributes as one system prompt of some 600 tokens, and that many questions.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         questions: How many; past the persona's own they are other people's, asked in the same words.
-        repeats: How many times the description is given, for longer prompts.
+        persona_tokens: Tokens to cut the description to, which is repeated where it is shorter.
     """
     dataset = PersonaDataset.bundled()
     persona = dataset.get_persona(PERSONA)
-    system = "\n\n".join([system_prompt(persona, "biography"), persona.templated_view] * repeats)
+    system = "\n\n".join([system_prompt(persona, "biography"), persona.templated_view])
+    if persona_tokens is not None:
+        ids = tokenizer(system, add_special_tokens=False)["input_ids"]
+        system = tokenizer.decode(list(islice(cycle(ids), persona_tokens))).strip()
     own = list(dataset.get_qa(persona.id))
     everybody = [pair for other in dataset if other.id != persona.id for pair in dataset.get_qa(other.id)]
     chosen: list[QAPair] = list(islice(cycle([*own, *everybody]), questions))

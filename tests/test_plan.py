@@ -50,6 +50,17 @@ def test_a_sample_may_fill_the_context_and_exceed_the_budget() -> None:
     assert make_plan([sample(*range(8))], n_ctx=8, batch_tokens=2).tokens == 8
 
 
+def test_ids_are_those_of_the_models_vocabulary() -> None:
+    assert make_plan([sample(0, 9), sample(9, 9), sample(0, 0)], vocabulary=10).tokens == 6
+    for ids, seen in (((1, 10), "from 1 to 10"), ((-1, 2), "from -1 to 2"), ((10, 10), "from 10 to 10")):
+        with pytest.raises(InputError, match=f"'q7': token ids {seen}, but the model has 10 tokens"):
+            make_plan([sample(1, sample_id="good"), sample(*ids)], vocabulary=10)
+
+
+def test_the_kinds_of_sharing_are_known_by_lower_case_names_which_provenance_holds() -> None:
+    assert [str(sharing) for sharing in Sharing] == ["none", "cached", "packed"]
+
+
 def test_a_model_without_a_context_limit_takes_any_length() -> None:
     assert make_plan([sample(*range(5000))], n_ctx=None).tokens == 5000
 
@@ -59,6 +70,8 @@ def test_nothing_to_run_and_no_budget_are_refused() -> None:
         make_plan([])
     with pytest.raises(InputError, match="batch_tokens must be at least 1, got 0"):
         make_plan([sample(1)], batch_tokens=0)
+    with pytest.raises(InputError, match="the number of rows must be at least 1, got 0"):
+        make_plan([sample(1)], max_rows=0)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12), st.integers(1, 60))
@@ -221,12 +234,8 @@ def test_the_predicted_cost_is_what_the_passes_hold(
     assert plan.tokens_run == sum(rows * width for rows, width in grids)
     assert plan.tokens_distinct == sum(segment.stop - segment.start for segment in segments_of(plan))
     assert plan.tokens == sum(map(len, texts))
-    assert plan.peak_bytes(3, 8, 2) == max(rows * width for rows, width in grids) * 3 * 8 * 2
-    reaches = [
-        width + (0 if each.context is None else grids[each.context][1])
-        for each, (_, width) in zip(plan.passes, grids, strict=True)
-    ]
-    assert plan.longest_reach == max(reaches)
+    largest = max(rows * width for rows, width in grids)
+    assert (plan.peak_bytes(3, 8, 2), plan.peak_bytes(3, 8)) == (largest * 3 * 8 * 2, largest * 3 * 8 * 4)
 
 
 @given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.randoms())

@@ -117,12 +117,6 @@ class Plan:
     batch_tokens: int
     max_rows: int | None
 
-    @property
-    def longest_reach(self) -> int:
-        """The most keys that a row has before and beside it: where an attention window would cut in."""
-        contexts = [0 if each.context is None else self.passes[each.context].width for each in self.passes]
-        return max(context + each.width for context, each in zip(contexts, self.passes, strict=True))
-
     def with_sharing(self, sharing: Sharing) -> "Plan":
         """The same samples within the same limits, laid out for another kind of sharing."""
         return make_plan(self.samples, batch_tokens=self.batch_tokens, max_rows=self.max_rows, sharing=sharing)
