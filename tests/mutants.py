@@ -21,6 +21,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import libcst as cst
 from mutmut.mutation.mutators import mutation_operators
@@ -89,6 +90,13 @@ class _Mutant(MetaPathFinder, Loader):
         exec(compile(self._source, str(self._path), "exec"), module.__dict__)
 
 
+class _PropertiesLast:
+    """Has the tests that try one example come first: they take milliseconds."""
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: hasattr(item.function, "hypothesis"))
+
+
 def outcome(name: str, source: str) -> str:
     """`killed` with the first test that failed, `timeout` or `survived`, of the tests of a module."""
     # A file and no pipe: a process that a test has started may outlive a mutant that is stopped.
@@ -104,7 +112,7 @@ def outcome(name: str, source: str) -> str:
         tests = [str(ROOT / "tests" / test) for test in TESTS[name]]
         plugins = ["-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin", "--hypothesis-profile=few"]
         options = ["-x", "-q", "--no-header", "--tb=no", *plugins]
-        code = pytest.main([*options, "-m", "not slow and not tl", "-k", LEFT_OUT, *tests])
+        code = pytest.main([*options, "-m", "not slow and not tl", "-k", LEFT_OUT, *tests], plugins=[_PropertiesLast()])
         sys.stdout.flush()
         os._exit(int(code))
     status = os.waitpid(child, 0)[1]

@@ -16,7 +16,7 @@ from tl_persona import plan as plan_module
 from tl_persona import rows as rows_module
 from tl_persona.errors import InputError, MaskError
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
-from tl_persona.rows import Segment
+from tl_persona.rows import Pass, Row, Segment
 
 
 def sample(*ids: int, sample_id: str = "q7") -> Sample:
@@ -94,7 +94,11 @@ SHARING = st.sampled_from(Sharing)
 
 @contextmanager
 def small_limits(
-    min_shared: int = 2, worth_caching: int = 3, row_tokens: int = 10, cached_rows: int = 3
+    min_shared: int = 2,
+    worth_caching: int = 3,
+    row_tokens: int = 10,
+    cached_rows: int = 3,
+    shares: tuple[int, ...] = rows_module.ROW_SHARES,
 ) -> Iterator[None]:
     """Limits of a size at which texts of a few tokens take every way through the planner."""
     with (
@@ -102,6 +106,7 @@ def small_limits(
         mock.patch.object(rows_module, "WORTH_CACHING", worth_caching),
         mock.patch.object(rows_module, "PACKED_ROW_TOKENS", row_tokens),
         mock.patch.object(rows_module, "CACHED_ROWS", cached_rows),
+        mock.patch.object(rows_module, "ROW_SHARES", shares),
     ):
         yield
 
@@ -112,6 +117,7 @@ LIMITS = st.builds(
     worth_caching=st.integers(0, 12),
     row_tokens=st.integers(1, 40),
     cached_rows=st.integers(1, 4),
+    shares=st.sampled_from([(), (1,), rows_module.ROW_SHARES]),
 )
 
 
@@ -145,7 +151,7 @@ def read_back(plan: Plan, texts: list[Text]) -> list[Text]:
 
 @given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.none() | st.integers(1, 4))
 def test_every_position_of_every_sample_runs_exactly_once_with_all_before_it_in_reach(
-    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int, max_rows: int | None
+    texts: list[Text], sharing: Sharing, limits: dict[str, Any], budget: int, max_rows: int | None
 ) -> None:
     with small_limits(**limits):
         plan = planned(texts, sharing=sharing, batch_tokens=budget, max_rows=max_rows)
@@ -173,7 +179,7 @@ def test_nothing_is_planned_past_the_last_token_that_a_mask_selects() -> None:
 
 @given(TEXTS, SHARING, SHARING, LIMITS, st.integers(1, 60), st.none() | st.integers(1, 4))
 def test_a_plan_for_another_sharing_is_the_one_made_for_it_within_the_same_limits(
-    texts: list[Text], first: Sharing, second: Sharing, limits: dict[str, int], budget: int, max_rows: int | None
+    texts: list[Text], first: Sharing, second: Sharing, limits: dict[str, Any], budget: int, max_rows: int | None
 ) -> None:
     with small_limits(**limits):
         changed = planned(texts, sharing=first, batch_tokens=budget, max_rows=max_rows).with_sharing(second)
@@ -185,7 +191,7 @@ def test_a_plan_for_another_sharing_is_the_one_made_for_it_within_the_same_limit
 
 @given(TEXTS, SHARING, LIMITS)
 def test_a_prefix_runs_alone_before_what_continues_it_and_only_packing_puts_texts_side_by_side(
-    texts: list[Text], sharing: Sharing, limits: dict[str, int]
+    texts: list[Text], sharing: Sharing, limits: dict[str, Any]
 ) -> None:
     with small_limits(**limits):
         plan = planned(texts, sharing=sharing)
@@ -208,7 +214,7 @@ def test_a_prefix_runs_alone_before_what_continues_it_and_only_packing_puts_text
 
 @given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.none() | st.integers(1, 4))
 def test_only_a_single_segment_may_exceed_the_limits(
-    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int, max_rows: int | None
+    texts: list[Text], sharing: Sharing, limits: dict[str, Any], budget: int, max_rows: int | None
 ) -> None:
     with small_limits(**limits):
         plan = planned(texts, sharing=sharing, batch_tokens=budget, max_rows=max_rows)
@@ -224,7 +230,7 @@ def test_only_a_single_segment_may_exceed_the_limits(
 
 @given(TEXTS, SHARING, LIMITS, st.integers(1, 60))
 def test_the_predicted_cost_is_what_the_passes_hold(
-    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int
+    texts: list[Text], sharing: Sharing, limits: dict[str, Any], budget: int
 ) -> None:
     with small_limits(**limits):
         plan = planned(texts, sharing=sharing, batch_tokens=budget)
@@ -240,7 +246,7 @@ def test_the_predicted_cost_is_what_the_passes_hold(
 
 @given(TEXTS, SHARING, LIMITS, st.integers(1, 60), st.randoms())
 def test_the_order_of_the_samples_does_not_change_the_cost(
-    texts: list[Text], sharing: Sharing, limits: dict[str, int], budget: int, random: Any
+    texts: list[Text], sharing: Sharing, limits: dict[str, Any], budget: int, random: Any
 ) -> None:
     shuffled = list(texts)
     random.shuffle(shuffled)
@@ -252,7 +258,7 @@ def test_the_order_of_the_samples_does_not_change_the_cost(
 
 
 @given(TEXTS, LIMITS)
-def test_sharing_never_runs_more_distinct_tokens_than_going_without(texts: list[Text], limits: dict[str, int]) -> None:
+def test_sharing_never_runs_more_distinct_tokens_than_going_without(texts: list[Text], limits: dict[str, Any]) -> None:
     fewest = len({tuple(text[: end + 1]) for text in texts for end in range(len(text))})
     with small_limits(**limits):
         without, cached, packed = (planned(texts, sharing=sharing) for sharing in Sharing)
@@ -326,7 +332,7 @@ def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_share
     texts = [[*range(prefix), *itertools.islice(fresh, length)] for length in lengths]
 
     def price(shares: tuple[int, ...]) -> float:
-        with mock.patch.object(rows_module, "ROW_SHARES", shares):
+        with small_limits(min_shared=1, worth_caching=0, row_tokens=48, cached_rows=4, shares=shares):
             passes = [each for each in planned(texts, sharing=Sharing.PACKED).passes if each.context is not None]
         widths = [(len(each.rows), max(sum(map(len, row.segments)) for row in each.rows)) for each in passes]
         assert widths
@@ -334,7 +340,6 @@ def test_what_continues_a_prefix_is_laid_out_as_cheaply_as_the_best_of_the_share
 
     shares = rows_module.ROW_SHARES
     with (
-        small_limits(min_shared=1, worth_caching=0, row_tokens=48, cached_rows=4),
         mock.patch.object(rows_module, "TOKENS_A_PASS", starting),
         mock.patch.object(rows_module, "KEYS_A_TOKEN", keys_a_token),
     ):
@@ -351,6 +356,76 @@ def test_rows_behind_a_prefix_are_as_short_as_they_can_be_without_another_pass_w
         plan = planned(texts, sharing=Sharing.PACKED)
     # The 48 tokens cost 40 + 48 * (1 + (8 + 48) / 10) = 357 in one row, 184 in four of 12, and 195 in two passes of 6.
     assert [(len(each.rows), each.width) for each in plan.passes if each.context is not None] == [(4, 12)]
+
+
+def test_rows_that_would_be_too_long_are_not_made_though_they_would_be_cheaper() -> None:
+    texts = [[*range(8), *range(100 * n, 100 * n + length)] for n, length in enumerate((6, 6, 6, 2), 1)]
+    with (  # the 20 tokens would fit two rows of a single pass, but one of them would have two texts of 6
+        small_limits(min_shared=1, worth_caching=0, row_tokens=10, shares=(1,)),
+        mock.patch.object(rows_module, "TOKENS_A_PASS", 1000),
+    ):
+        plan = planned(texts, sharing=Sharing.PACKED, max_rows=2)
+    rows = [row for each in plan.passes if each.context is not None for row in each.rows]
+    assert sorted(len(row) for row in rows) == [6, 6, 8]
+
+
+def test_the_longest_come_first_and_rows_are_filled_to_their_last_token() -> None:
+    texts = [[*range(8), *range(100 * n, 100 * n + length)] for n, length in enumerate((4, 5, 6, 5), 1)]
+    with small_limits(min_shared=1, worth_caching=0, row_tokens=11, shares=()):
+        plan = planned(texts, sharing=Sharing.PACKED)
+    rows = [[len(s) for s in row.segments] for each in plan.passes if each.context is not None for row in each.rows]
+    assert rows == [[6, 5], [5, 4]]
+
+
+def test_what_just_fits_a_row_or_the_budget_is_not_cut() -> None:
+    pair = chats(n_personas=1, n_questions=2, header=0, persona=40, rest=5)
+    with small_limits(row_tokens=50):
+        (one,) = planned(pair, sharing=Sharing.PACKED).passes
+        assert one.packed and [len(row) for row in one.rows] == [50]
+    with small_limits(row_tokens=49):
+        assert len(planned(pair, sharing=Sharing.PACKED).passes) > 1
+    alike = [[1] * 6, [2] * 6, [3] * 6]
+    for budget, rows in ((18, [3]), (17, [2, 1]), (12, [2, 1]), (11, [1, 1, 1])):
+        assert [len(each.rows) for each in planned(alike, batch_tokens=budget).passes] == rows
+
+
+def test_a_text_that_others_continue_runs_whole_where_nothing_is_kept() -> None:
+    texts = [list(range(10)), [*range(10), 20, 21], [*range(10), 30, 31, 32]]
+    with small_limits(worth_caching=1000):
+        plan = planned(texts, sharing=Sharing.CACHED)
+    segments = sorted((each.members, each.start, each.stop) for each in segments_of(plan))
+    assert segments == [((0,), 0, 10), ((1,), 0, 12), ((2,), 0, 13)]
+
+
+def test_a_pass_is_packed_from_two_segments_in_a_row_on() -> None:
+    one, other = Segment((0,), 0, 3), Segment((1,), 0, 2)
+    assert Pass((Row((one,)), Row((one, other)))).packed
+    assert not Pass((Row((one,)), Row((other,)))).packed
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=6),
+    st.integers(0, 6),
+)
+@settings(max_examples=60)
+def test_no_other_choice_of_what_to_keep_would_run_fewer_tokens(texts: list[Text], worth_caching: int) -> None:
+    """All choices tried: prefixes of which none begins another, each run once, and every text behind its own."""
+    distinct = {tuple(text) for text in texts}
+    shared = {text[:end] for text in distinct for end in range(1, len(text) + 1)}
+    shared = {prefix for prefix in shared if sum(text[: len(prefix)] == prefix for text in distinct) > 1}
+
+    def price(kept: tuple[Any, ...]) -> int:
+        saved = sum(len(prefix) for text in distinct for prefix in kept if text[: len(prefix)] == prefix)
+        return sum(map(len, distinct)) - saved + sum(len(prefix) + worth_caching for prefix in kept)
+
+    def apart(kept: tuple[Any, ...]) -> bool:
+        return not any(a[: len(b)] == b for a, b in itertools.permutations(kept, 2))
+
+    choices = [kept for n in range(4) for kept in itertools.combinations(shared, n) if apart(kept)]
+    with small_limits(min_shared=1, worth_caching=worth_caching):
+        plan = planned(texts, sharing=Sharing.CACHED)
+    paid = plan.tokens_distinct + worth_caching * sum(each.kept for each in plan.passes)
+    assert paid == min(map(price, choices))
 
 
 def test_a_branch_behind_a_prefix_that_is_too_long_for_a_row_is_cut_into_its_texts() -> None:

@@ -308,10 +308,13 @@ def test_messages_and_chats_give_the_same_prompts() -> None:
         ([("assistant", "A")], "at least one of each"),
         ([("user", "Who?"), ("system", "You are Mara."), ("assistant", "A")], "system message first"),
         ([("tool", "1"), ("user", "Who?"), ("assistant", "A")], "tool, user, assistant"),
-        ([("user", "Who?"), ("assistant", " \n")], "the answer is empty"),
-        ([("user", "\t"), ("assistant", "A")], "the question is empty"),
-        ([("system", ""), ("user", "Who?"), ("assistant", "A")], "the system prompt is empty"),
-        ([("user", ""), ("assistant", "A"), ("user", "Who?"), ("assistant", "A")], "the message 1 is empty"),
+        ([("user", "Who?"), ("assistant", " \n")], "the answer is empty: remove the sample or give it an answer$"),
+        ([("user", "\t"), ("assistant", "A")], "the question is empty: remove the sample or give it a question$"),
+        ([("system", ""), ("user", "Who?"), ("assistant", "A")], "the system prompt is empty: give the persona"),
+        (
+            [("user", ""), ("assistant", "A"), ("user", "Who?"), ("assistant", "A")],
+            "the message 1 is empty: leave the",
+        ),
     ],
 )
 def test_messages_that_are_no_chat_are_refused_by_sample(messages: list[tuple[str, str]], fault: str) -> None:
@@ -500,6 +503,16 @@ def test_the_digest_is_of_the_template_in_use() -> None:
     assert template_digest(tokenizer, {"chat_template": "rag"}) == hashlib.sha256(b"b").hexdigest()
     tokenizer.chat_template = "c"
     assert template_digest(tokenizer) == hashlib.sha256(b"c").hexdigest()
+
+
+def test_a_prompt_carries_the_digest_of_its_template_and_is_whole_whatever_the_tokenizer_would_cut_or_pad() -> None:
+    tokenizer = chatml()
+    whole = one(tokenizer, "You are Mara.", "Who?", "A")
+    assert whole.proof.template_digest == hashlib.sha256(CHATML.encode()).hexdigest()
+    tokenizer.model_max_length = 4
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert one(tokenizer, "You are Mara.", "Who?", "A").input_ids.equal(whole.input_ids)
 
 
 @pytest.mark.parametrize(("name", "written"), [("system_refused", 1), ("content_as_it_is", 0)])

@@ -1,5 +1,6 @@
 """What the store keeps, finds, compares and refuses. Damage, kills and concurrency are in `test_store_damage`."""
 
+import enum
 import hashlib
 import itertools
 import json
@@ -292,7 +293,8 @@ def test_describe_tells_norms_in_float64_and_provenance(store: PersonaVectorStor
 
 
 def test_status_says_absent_same_differs_or_corrupt(store: PersonaVectorStore) -> None:
-    assert store.status("templated", "p1", PROVENANCE).state == "absent"
+    absent = store.status("templated", "p1", PROVENANCE)
+    assert (absent.state, absent.reasons) == ("absent", ())
     save(store)
     assert store.status("templated", "p1", PROVENANCE).state == "same"
     elsewhere = msgspec.structs.replace(PROVENANCE, notes={"backend": "remote"})
@@ -387,6 +389,21 @@ def test_names_that_leave_the_folder_or_the_system_are_refused(tmp_path: Path, n
 def test_model_names_that_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="model name"):
         PersonaVectorStore(name, tmp_path)
+
+
+def test_the_name_that_is_refused_is_called_what_it_stands_for(store: PersonaVectorStore) -> None:
+    for kind, names in (
+        ("persona id", ("templated", "a/b")),
+        ("prompt variant", ("a/b", "p1")),
+        ("mask strategy", ("templated", "p1", "a/b")),
+    ):
+        with pytest.raises(InputError, match=f"{kind} 'a/b' cannot name a file"):
+            store.path_of(*names)
+
+
+def test_a_strategy_of_another_librarys_enumeration_is_known_by_its_value(store: PersonaVectorStore) -> None:
+    theirs = enum.Enum("MaskStrategy", {"ANSWER_LAST": "answer_last"})
+    assert store.path_of("templated", "p1", theirs["ANSWER_LAST"]) == store.path_of("templated", "p1", "answer_last")
 
 
 def test_unusual_but_harmless_names_are_kept(store: PersonaVectorStore) -> None:
@@ -526,6 +543,19 @@ def test_pending_entries_are_newer_than_the_manifest_and_spare_the_headers(
 
     monkeypatch.setattr(manifest, "read_header", unwanted)
     assert store.persona_names(["p1", "p2"], ["templated"]) == {"p1": "Beatrix", "p2": "Cleo"}
+
+
+def test_rebuilding_a_manifest_reads_every_file_though_nothing_seems_to_have_changed(
+    store: PersonaVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store:
+        save(store, "p1")
+        save(store, "p2")
+    read: list[str] = []
+    real = manifest.read_header
+    monkeypatch.setattr(manifest, "read_header", lambda path, *more: read.append(path.stem) or real(path, *more))
+    assert store.list_personas(["templated"]) == ["p1", "p2"] and read == []
+    assert store.rebuild_manifest("templated") == ["p1", "p2"] and sorted(read) == ["p1", "p2"]
 
 
 def test_a_rebuilt_manifest_says_what_the_files_say(store: PersonaVectorStore) -> None:
