@@ -30,6 +30,7 @@ from tl_persona.errors import StoreError
 from tl_persona.extraction import run_extraction
 from tl_persona.samples import Persona
 from tl_persona.store import PersonaVectorStore
+from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 MODEL = "org/tiny"
 STRATEGIES = ("answer_mean", "persona_last")
@@ -341,3 +342,78 @@ def test_a_damaged_index_is_kept_beside_the_new_one(tmp_path: Path) -> None:
     assert (folder / "manifest.json.damaged-2").read_text() == "[]"
     assert not list(folder.glob(f"{files.TEMPORARY_PREFIX}*"))
     assert store.load("templated", "p1").equal(torch.tensor(VECTORS.tolist()))
+
+
+# A set of steering vectors, put in the place of another
+
+
+def a_set(first: int) -> SteeringVectorSet:
+    values = {layer: torch.tensor([first, layer], dtype=torch.float32) for layer in range(first, first + 3)}
+    return SteeringVectorSet("calm", [SteeringVector("calm", layer, value, "tiny") for layer, value in values.items()])
+
+
+def vectors_of(folder: Path) -> dict[int, list[float]]:
+    return {vector.layer_index: vector.vector.tolist() for vector in SteeringVectorSet.load(folder)}
+
+
+@pytest.mark.parametrize("problem", [None, errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_set_is_the_older_or_the_newer_one_whatever_stops_its_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: int | None
+) -> None:
+    monkeypatch.setenv("PYTEST_BASE", str(tmp_path))
+    older, newer = a_set(1), a_set(2)  # two of the layers are in both
+    folder = tmp_path / "set"
+    older.save(folder)
+    before, after = vectors_of(folder), {vector.layer_index: vector.vector.tolist() for vector in newer}
+    assert before != after
+
+    def stopped(stop: int) -> None:
+        def refuse(event: str) -> None:
+            if next(numbers) == stop:
+                if problem is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError(problem, os.strerror(problem))
+
+        numbers = itertools.count(1)
+        on_calls(refuse)
+        try:
+            newer.save(folder)
+        except StoreError as error:
+            os._exit(17 if str(folder) in str(error) else 18)
+
+    codes, newer_there = [], []
+    for stop in range(1, 40):
+        codes.append(in_child(lambda stop=stop: stopped(stop)))
+        newer_there.append(vectors_of(folder) == after)
+        assert newer_there[-1] or (vectors_of(folder) == before and codes[-1] != 0)
+        older.save(folder)
+        assert vectors_of(folder) == before
+    failures = [code for code in codes if code]
+    assert len(failures) > 20 and set(failures) == {-signal.SIGKILL if problem is None else 17}
+    assert codes[-1] == 0, "there are more calls than were tried"
+    assert False in newer_there and any(there for there, code in zip(newer_there, codes, strict=True) if code)
+    older.save(folder)
+    assert {path.name for path in folder.iterdir() if path.name != ".set.lock"} == {
+        "metadata.json",
+        *(f"layer_{layer}.safetensors" for layer in (1, 2, 3, 4)),  # 4 is of the newer one, and not read
+    }
+
+
+def test_two_processes_that_save_a_set_at_once_leave_one_of_theirs_and_a_reader_never_sees_another(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "set"
+    both = [a_set(1), a_set(2)]
+    whole = [{vector.layer_index: vector.vector.tolist() for vector in one} for one in both]
+    both[0].save(folder)
+    writers = []
+    for one in both:
+        writers.append(os.fork())
+        if not writers[-1]:
+            os._exit(in_child(lambda one=one: [one.save(folder) for _ in range(40)]))
+    reads = 0
+    while os.waitpid(writers[0], os.WNOHANG) == (0, 0):
+        assert vectors_of(folder) in whole
+        reads += 1
+    assert os.waitpid(writers[1], 0)[1] == 0
+    assert vectors_of(folder) in whole and reads > 3

@@ -373,8 +373,10 @@ def test_the_longest_come_first_and_rows_are_filled_to_their_last_token() -> Non
     texts = [[*range(8), *range(100 * n, 100 * n + length)] for n, length in enumerate((4, 5, 6, 5), 1)]
     with small_limits(min_shared=1, worth_caching=0, row_tokens=11, shares=()):
         plan = planned(texts, sharing=Sharing.PACKED)
+        alone = planned(texts, sharing=Sharing.PACKED, max_rows=1)
     rows = [[len(s) for s in row.segments] for each in plan.passes if each.context is not None for row in each.rows]
     assert rows == [[6, 5], [5, 4]]
+    assert [len(each.rows) for each in alone.passes if each.context is not None] == [1, 1]
 
 
 def test_what_just_fits_a_row_or_the_budget_is_not_cut() -> None:
@@ -387,6 +389,16 @@ def test_what_just_fits_a_row_or_the_budget_is_not_cut() -> None:
     alike = [[1] * 6, [2] * 6, [3] * 6]
     for budget, rows in ((18, [3]), (17, [2, 1]), (12, [2, 1]), (11, [1, 1, 1])):
         assert [len(each.rows) for each in planned(alike, batch_tokens=budget).passes] == rows
+
+
+def test_what_branches_share_behind_a_kept_prefix_runs_once_where_a_row_just_holds_it() -> None:
+    prefix, fresh = list(range(300)), itertools.count(1000)
+    branches = [[*prefix, *itertools.islice(fresh, 20)] for _ in range(2)]
+    texts = [[*branch, *itertools.islice(fresh, 5)] for branch in branches for _ in range(2)]
+    for row_tokens, behind in ((30, 2 * (20 + 5 + 5)), (29, 4 * (20 + 5))):
+        with small_limits(row_tokens=row_tokens):
+            plan = planned(texts, sharing=Sharing.PACKED)
+        assert plan.tokens_distinct == 300 + behind
 
 
 def test_a_text_that_others_continue_runs_whole_where_nothing_is_kept() -> None:

@@ -193,10 +193,13 @@ def test_a_template_that_writes_another_date_since_is_learned_again() -> None:
         def decode(self, token_ids: Any, **kwargs: Any) -> str:
             return str(tokenizer.decode(token_ids, **kwargs))
 
-    tokenizer.chat_template = CHATML
-    prompt = one(Dated(), "You are Mara.", "Monday?", "Tuesday")
-    assert prompt.prompt_text.startswith("Tuesday\n")
-    assert said(prompt) == ["You are Mara.", "Monday?", "Tuesday"]
+    tokenizer.chat_template = "{{ heading }}\n" + CHATML
+    chats = [Chat(f"q{number}", "You are Mara.", f"Monday {number}?", "Tuesday") for number in range(3)]
+    prompts = prepare_prompts(Dated(), chats, template_kwargs={"heading": "A chat"})
+    for number, prompt in enumerate(prompts):
+        assert prompt.prompt_text.startswith("Tuesday\nA chat\n")
+        assert said(prompt) == ["You are Mara.", f"Monday {number}?", "Tuesday"]
+    assert len(list(days)) == 100 - (1 + 9 + 1 + 2), "the new layout is kept"
 
 
 def test_a_clock_that_never_repeats_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Steering vectors: arithmetic and its refusals, choosing a layer, files of ours and of rotalabs-steer."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tl_persona import set_files
 from tl_persona.errors import (
     CorruptFileError,
     InputError,
@@ -530,7 +532,8 @@ def test_a_saved_set_loads_as_it_was(layers: set[int], metadata: dict[str, Any])
 
 def test_the_folder_has_the_references_file_names_and_metadata(tmp_path: Path) -> None:
     a_set(10, 2).save(tmp_path / "set")
-    assert sorted(os.listdir(tmp_path / "set")) == ["layer_10.safetensors", "layer_2.safetensors", "metadata.json"]
+    shown = sorted(name for name in os.listdir(tmp_path / "set") if name != ".set.lock")
+    assert shown == ["layer_10.safetensors", "layer_2.safetensors", "metadata.json"]
     metadata = json.loads((tmp_path / "set" / "metadata.json").read_text())
     assert (metadata["behavior"], metadata["layers"], metadata["model_name"]) == ("calm", [2, 10], "tiny")
     digest = hashlib.sha256((tmp_path / "set" / "layer_2.safetensors").read_bytes()).hexdigest()
@@ -547,6 +550,24 @@ def test_a_set_half_overwritten_by_a_killed_run_is_noticed(tmp_path: Path) -> No
     a_set(1, 2).save(tmp_path)
     a_vector(1, (9.0, 9.0)).save(tmp_path / "layer_1")
     with pytest.raises(CorruptFileError, match=r"layer_1.safetensors is not the file saved with .*save the set again"):
+        SteeringVectorSet.load(tmp_path)
+
+
+def test_a_set_that_names_a_layer_twice_is_refused_and_one_that_is_saved_to_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_set(1, 2).save(tmp_path)
+    metadata = tmp_path / "metadata.json"
+    whole = metadata.read_text()
+    metadata.write_text(whole.replace("1,", "1, 1,", 1))
+    with pytest.raises(CorruptFileError, match=r"metadata.json: names a layer twice"):
+        SteeringVectorSet.load(tmp_path)
+    metadata.write_text(whole)
+    (tmp_path / "layer_1.safetensors").unlink()
+    counter = itertools.count()
+    read = set_files.read_bytes
+    monkeypatch.setattr(set_files, "read_bytes", lambda path: read(path) + b" " * (next(counter) % 7))
+    with pytest.raises(StoreError, match="is saved to without end"):
         SteeringVectorSet.load(tmp_path)
 
 

@@ -16,8 +16,8 @@ from stat import S_ISREG
 from typing import Any
 
 import msgspec
-from filelock import FileLock, Timeout
 
+from tl_persona import locks
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_header
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.files import TEMPORARY_PREFIX, free_name, read_regular, reason
@@ -44,8 +44,6 @@ SMALL = 64 * 1024
 
 PENDING_SHARE = 8
 """The index is rewritten when pending entries exceed an eighth of it: nine bytes written for each byte kept."""
-
-_LOCK_SECONDS = 60.0  # The lock is held for one save, or one rewriting: milliseconds, a few seconds at worst.
 
 
 class Index(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,17 +141,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: The lock cannot be had.
     """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=_LOCK_SECONDS, poll_interval=0.005)
-    except Timeout as error:
-        raise StoreError(f"another process has held {folder / LOCK} for {_LOCK_SECONDS:.0f} s; is it stuck?") from error
-    except (OSError, NotImplementedError) as error:
-        raise StoreError(f"cannot lock {folder / LOCK}: {reason(error)}; check its permissions") from error
-    try:
+    with locks.locked(folder / LOCK):
         yield
-    finally:
-        lock.release()
 
 
 def record(folder: Path, path: Path) -> None:

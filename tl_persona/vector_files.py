@@ -1,15 +1,14 @@
 """The files of steering vectors: bytes from what a vector says of itself, and back, nothing trusted unread.
 
-A vector is one safetensors file whose header says what it is; a set is a folder of those and a `metadata.json`. The
-`.json` + `.pt` pairs of rotalabs-steer are read too; writing them is the work of `export.peers`, and making vectors of
-what was read that of `steering_vector` and `vectors`.
+A vector is one safetensors file whose header says what it is; folders of them are the work of `set_files`. The `.json`
++ `.pt` pairs of rotalabs-steer are read too; writing them is the work of `export.peers`, and making vectors of what was
+read that of `steering_vector`.
 """
 
 import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,27 +20,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
-from tl_persona.files import make_folder, read_regular, reason, write_atomically
+from tl_persona.files import read_regular, reason
 from tl_persona.provenance import Provenance
 
 FORMAT = "tl_persona.steering_vector"
-SET_FORMAT = "tl_persona.steering_vector_set"
 FORMAT_VERSION = "1"
 SUFFIX = ".safetensors"
-SET_FILE = "metadata.json"
 
 _T = TypeVar("_T")
 
 Fields = dict[str, Any]
 """The arguments of a `SteeringVector` by name."""
-
-
-class _SetMetadata(msgspec.Struct):
-    behavior: str
-    layers: list[int]
-    format: str | None = None
-    format_version: str | None = None
-    sha256: dict[str, str] = {}
 
 
 class _RotalabsMetadata(msgspec.Struct):
@@ -138,7 +127,7 @@ def fields_of(contents: str, tensor: Tensor, source: Path) -> Fields:
     Raises:
         CorruptFileError: The text is something else.
     """
-    found = _converted(_parsed_json(contents.encode(), source), _Contents, source)
+    found = converted(parsed_json(contents.encode(), source), _Contents, source)
     return {**{name: getattr(found, name) for name in _Contents.__struct_fields__}, "vector": tensor}
 
 
@@ -154,11 +143,11 @@ def read_vector(path: Path) -> tuple[Fields, Path]:
         raise NotStoredError(f"{path} is a folder; read a set of vectors with SteeringVectorSet.load")
     own = own_path(path)
     if own.exists() or path.suffix == SUFFIX:
-        return _decode(_read(own), own), own
+        return decode(read_bytes(own), own), own
     pair = path.with_suffix(".json"), path.with_suffix(".pt")
     if not any(file.exists() for file in pair):
         raise NotStoredError(f"{path}: no steering vector is there: neither {own.name} nor {pair[0].name}")
-    return _read_rotalabs(*pair), pair[1]
+    return read_rotalabs(*pair), pair[1]
 
 
 def holds_vector(path: Path) -> bool:
@@ -172,54 +161,6 @@ def holds_vector(path: Path) -> bool:
         return False
 
 
-def write_set(folder: Path, behavior: str, model_name: str | None, files: Mapping[int, bytes]) -> None:
-    """Writes the encoded vectors by layer, then the file that says which belong.
-
-    Raises:
-        StoreError: The file system refused.
-    """
-    make_folder(folder)
-    for layer, data in files.items():
-        write_atomically(folder / f"layer_{layer}{SUFFIX}", data)
-    metadata = {
-        "format": SET_FORMAT,
-        "format_version": FORMAT_VERSION,
-        "behavior": behavior,
-        "model_name": model_name,
-        "layers": list(files),
-        "sha256": {str(layer): hashlib.sha256(data).hexdigest() for layer, data in files.items()},
-    }
-    write_atomically(folder / SET_FILE, f"{json.dumps(metadata, indent=1)}\n".encode())
-
-
-def read_set(folder: Path) -> tuple[str, Iterator[tuple[int, Fields, Path]]]:
-    """The behaviour of a set, ours or rotalabs-steer's, and for each layer what its file holds, and which that is.
-
-    Raises:
-        NotStoredError: The folder holds no set; on the way, a layer's file is gone.
-        CorruptFileError: A file is damaged, or not the one that was saved with this set.
-        StoreError: A later version of this package wrote it.
-    """
-    source = folder / SET_FILE
-    found = _converted(_parsed_json(_read(source), source), _SetMetadata, source)
-    if found.format is not None:
-        _check_version(found.format, found.format_version, SET_FORMAT, source)
-    return found.behavior, _read_layers(folder, found)
-
-
-def _read_layers(folder: Path, found: _SetMetadata) -> Iterator[tuple[int, Fields, Path]]:
-    for layer in found.layers:
-        if found.format is None:
-            tensor = folder / f"layer_{layer}.pt"
-            yield layer, _read_rotalabs(tensor.with_suffix(".json"), tensor), tensor
-            continue
-        file = folder / f"layer_{layer}{SUFFIX}"
-        data = _read(file)
-        if hashlib.sha256(data).hexdigest() != found.sha256.get(str(layer)):
-            raise CorruptFileError(f"{file} is not the file saved with {folder / SET_FILE}: save the set again")
-        yield layer, _decode(data, file), file
-
-
 def _with_sorted_header(data: bytes) -> bytes:
     """The same file with its header in order: safetensors writes metadata in a new order each time."""
     start = 8 + int.from_bytes(data[:8], "little")
@@ -228,14 +169,20 @@ def _with_sorted_header(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
-def _decode(data: bytes, source: Path) -> Fields:
+def decode(data: bytes, source: Path) -> Fields:
+    """What the bytes of our file hold, checksums verified.
+
+    Raises:
+        CorruptFileError: They are truncated or altered, or something else.
+        StoreError: A later version of this package wrote them.
+    """
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CorruptFileError(f"{source}: not a whole safetensors file: {error}") from error
     texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-    _check_version(texts.get("format"), texts.get("format_version"), FORMAT, source)
-    header = _converted(texts, _Header, source)
+    check_version(texts.get("format"), texts.get("format_version"), FORMAT, source)
+    header = converted(texts, _Header, source)
     tensor = tensors.get("vector")
     flaw = flaw_of(tensor)
     if tensor is None or flaw is not None:
@@ -247,11 +194,17 @@ def _decode(data: bytes, source: Path) -> Fields:
     return fields_of(header.contents, tensor, source)
 
 
-def _read_rotalabs(metadata: Path, tensor: Path) -> Fields:
-    found = _converted(_parsed_json(_read(metadata), metadata), _RotalabsMetadata, metadata)
+def read_rotalabs(metadata: Path, tensor: Path) -> Fields:
+    """What a pair of files of rotalabs-steer holds; nothing but a tensor is unpickled.
+
+    Raises:
+        NotStoredError: One of them is gone.
+        CorruptFileError: They hold something else.
+    """
+    found = converted(parsed_json(read_bytes(metadata), metadata), _RotalabsMetadata, metadata)
     if not tensor.exists():
         raise NotStoredError(f"{tensor}: there is no such file, though {metadata.name} is there")
-    data = _read(tensor)
+    data = read_bytes(tensor)
     try:
         _refuse_swollen(data)
         vector = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -274,7 +227,13 @@ def _refuse_swollen(data: bytes) -> None:
                 raise ValueError(f"its entry {entry.filename!r} is compressed, or longer than the file")
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        NotStoredError: There is none.
+        StoreError: It cannot be read.
+    """
     try:
         return read_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -283,21 +242,37 @@ def _read(path: Path) -> bytes:
         raise StoreError(f"cannot read {path}: {reason(error)}") from error
 
 
-def _parsed_json(data: bytes, source: Path) -> Any:
+def parsed_json(data: bytes, source: Path) -> Any:
+    """Any JSON.
+
+    Raises:
+        CorruptFileError: It is none.
+    """
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{source}: not JSON: {error}") from error
 
 
-def _converted(data: Any, kind: type[_T], source: Path) -> _T:
+def converted(data: Any, kind: type[_T], source: Path) -> _T:
+    """Parsed JSON as a type.
+
+    Raises:
+        CorruptFileError: It does not fit.
+    """
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         raise CorruptFileError(f"{source}: not what is expected there: {error}") from error
 
 
-def _check_version(format_: object, version: object, expected: str, source: Path) -> None:
+def check_version(format_: object, version: object, expected: str, source: Path) -> None:
+    """Refuses a file of another format or of a later version.
+
+    Raises:
+        CorruptFileError: Its format is another.
+        StoreError: Its version is.
+    """
     if format_ != expected:
         raise CorruptFileError(f"{source}: its format is {format_!r}, not {expected!r}")
     if version != FORMAT_VERSION:

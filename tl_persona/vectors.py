@@ -18,10 +18,11 @@ from tl_persona.cards import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError
 from tl_persona.layer_table import METRICS, LayerTable, row_of, score_of
 from tl_persona.models import HookedModel
+from tl_persona.set_files import read_set, write_set
 from tl_persona.steering import Mode, attach
 from tl_persona.steering_positions import Positions
 from tl_persona.steering_vector import SteeringVector, belonging, built
-from tl_persona.vector_files import encode, read_set, write_set
+from tl_persona.vector_files import encode
 from tl_persona.vectors_export import SetExports
 
 __all__ = ["LayerTable", "SteeringVector", "SteeringVectorSet"]
@@ -180,11 +181,12 @@ class SteeringVectorSet(SetExports, Shown):
     def save(self, folder: str | Path) -> None:
         """Write `layer_<N>.safetensors` for every layer, then `metadata.json`, which says which files belong.
 
-        Files of layers that an older set in the folder had are left there and not read again.
+        Until all of it is there, the folder holds what it held. Files of layers that an older set had are left and not
+        read again.
 
         Raises:
             InputError: Some metadata has no JSON form.
-            StoreError: The file system refused.
+            StoreError: The file system refused; the folder holds the older set or this one, whole.
         """
         files = {vector.layer_index: encode(vector, vector.label) for vector in self}
         write_set(Path(folder), self.behavior, self.model_name, files)

@@ -17,8 +17,9 @@ from tl_persona.export import control_vectors, peers
 from tl_persona.export.cards import set_card
 from tl_persona.export.repositories import CARD, pull_files, push_files
 from tl_persona.layer_table import row_of
+from tl_persona.set_files import SET_FILE
 from tl_persona.steering_vector import SteeringVector, built
-from tl_persona.vector_files import SET_FILE, SUFFIX
+from tl_persona.vector_files import SUFFIX
 
 _Set = TypeVar("_Set", bound="SetExports")
 _SET_FILES = re.compile(rf"{re.escape(SET_FILE)}|layer_\d{{1,9}}{re.escape(SUFFIX)}")

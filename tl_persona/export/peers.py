@@ -19,7 +19,8 @@ from torch import Tensor
 from tl_persona.errors import InputError, MissingDependencyError
 from tl_persona.export.outgoing import Outgoing, block_outputs
 from tl_persona.files import make_folder, write_atomically
-from tl_persona.vector_files import SET_FILE, SET_FORMAT, contents_of
+from tl_persona.set_files import SET_FILE, SET_FORMAT
+from tl_persona.vector_files import contents_of
 
 
 def as_steering_vectors(vectors: Iterable[Outgoing]) -> Any:
