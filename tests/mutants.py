@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "masks": ["test_masks.py"],
     "plan": ["test_plan.py", "test_tries.py"],
-    "prompts": ["test_prompts.py"],
+    "prompts": ["test_prompts.py", "test_verification.py"],
     "rows": ["test_plan.py", "test_tries.py"],
     "store": ["test_store.py", "test_store_damage.py", "test_store_check.py"],
 }

@@ -196,6 +196,7 @@ def test_a_template_that_writes_another_date_since_is_learned_again() -> None:
     tokenizer.chat_template = "{{ heading }}\n" + CHATML
     chats = [Chat(f"q{number}", "You are Mara.", f"Monday {number}?", "Tuesday") for number in range(3)]
     prompts = prepare_prompts(Dated(), chats, template_kwargs={"heading": "A chat"})
+    assert [prompt.sample_id for prompt in prompts] == ["q0", "q1", "q2"]
     for number, prompt in enumerate(prompts):
         assert prompt.prompt_text.startswith("Tuesday\nA chat\n")
         assert said(prompt) == ["You are Mara.", f"Monday {number}?", "Tuesday"]
