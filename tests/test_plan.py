@@ -401,6 +401,18 @@ def test_what_branches_share_behind_a_kept_prefix_runs_once_where_a_row_just_hol
         assert plan.tokens_distinct == 300 + behind
 
 
+def test_texts_that_lie_in_one_row_save_a_prefix_once_and_not_each() -> None:
+    # Without the prefix of 200 two texts share a row of 230, and the third takes 210; behind it 30 and 10 are left.
+    prefix, fresh = list(range(200)), itertools.count(1000)
+    branch = [*prefix, *itertools.islice(fresh, 20)]
+    texts = [[*branch, *itertools.islice(fresh, 5)] for _ in range(2)] + [[*prefix, *itertools.islice(fresh, 10)]]
+    for worth_caching, kept in ((200, True), (201, False)):
+        with small_limits(worth_caching=worth_caching, row_tokens=230):
+            plan = planned(texts, sharing=Sharing.PACKED)
+        assert any(each.kept for each in plan.passes) is kept
+        assert plan.tokens_distinct == (240 if kept else 440)
+
+
 def test_a_text_that_others_continue_runs_whole_where_nothing_is_kept() -> None:
     texts = [list(range(10)), [*range(10), 20, 21], [*range(10), 30, 31, 32]]
     with small_limits(worth_caching=1000):
