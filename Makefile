@@ -10,7 +10,7 @@
 #   make docs       the documentation as a site, in site/
 #   make fuzz       files made up by atheris, for FUZZ_SECONDS each
 #   make lint       ruff, and mypy at its strictest
-#   make bench      speed, beside what a user would run instead
+#   make bench      speed and memory, beside what a user would run instead; on both releases
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
@@ -128,8 +128,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(PEERS)/.ready
+# Everything on the newest release; on the oldest, what only it has, the HookedTransformer.
+bench: $(PEERS)/.ready $(TL3)/.ready
 	TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -s
+	PYTHONPATH=$(TL3) TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) \
+		$(BIN)/python -m pytest benchmarks/bench_persona.py -k hooked -s
 
 clean:
 	rm -rf $(VENV) $(ARTIFACTS) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -52,7 +52,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a tiny model by its family (see `tiny.FAMILIES`), built at first use."""
+    """Give the folder of a tiny model by its family (see `tiny.FAMILIES`, `tiny.ODD_FAMILIES`), built at first use."""
     from tiny import build_tiny
 
     built: dict[str, Path] = {}

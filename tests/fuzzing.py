@@ -5,8 +5,10 @@ and it says nothing of time and memory: whoever feeds it sets limits.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tl_persona.artifact import encode
+from tl_persona.commands.show_vectors import is_steering
 from tl_persona.contrast_dataset import ContrastPairDataset
 from tl_persona.description import describe
 from tl_persona.errors import TLPersonaError
@@ -107,10 +110,17 @@ def _store(folder: Path) -> tuple[PersonaVectorStore, Path]:
     return store, place
 
 
+def _each(*calls: Callable[[], object]) -> None:
+    """All of them, each whatever the others do."""
+    for call in calls:
+        with contextlib.suppress(TLPersonaError):
+            call()
+
+
 def _use(store: PersonaVectorStore, persona_id: str) -> None:
-    """Every way of reading and writing, each whatever the others do."""
+    """Every way of reading and writing."""
     place = store.path_of("templated", persona_id)
-    for call in (
+    _each(
         lambda: store.load("templated", persona_id),
         lambda: store.status("templated", persona_id, PROVENANCE),
         lambda: store.provenance("templated", persona_id),
@@ -126,9 +136,7 @@ def _use(store: PersonaVectorStore, persona_id: str) -> None:
         lambda: store.rebuild_manifest("templated"),
         lambda: store.flush(),
         lambda: check_saved(store.root_dir, repair=True),
-    ):
-        with contextlib.suppress(TLPersonaError):
-            call()
+    )
 
 
 def _persona_vector(folder: Path, data: bytes) -> None:
@@ -150,35 +158,72 @@ def _index(name: str) -> Callable[[Path, bytes], None]:
     return target
 
 
+def _use_vector(path: Path) -> None:
+    _each(
+        lambda: is_steering(path),
+        lambda: SteeringVector.load(path).save(path.with_name("again")),
+        lambda: check_saved(path.parent),
+    )
+
+
+def _use_set(folder: Path) -> None:
+    _each(lambda: len(SteeringVectorSet.load(folder)), lambda: check_saved(folder))
+
+
 def _steering_vector(folder: Path, data: bytes) -> None:
     (folder / "v.safetensors").write_bytes(data)
-    SteeringVector.load(folder / "v.safetensors")
+    _use_vector(folder / "v.safetensors")
 
 
 def _set(folder: Path, data: bytes) -> None:
     _saved_set(folder)
     (folder / "metadata.json").write_bytes(data)
-    len(SteeringVectorSet.load(folder))
+    _use_set(folder)
+
+
+def _layer_of_a_set(folder: Path, data: bytes) -> None:
+    """A file that its set vouches for, in its place and where a killed save leaves it."""
+    digest = hashlib.sha256(data).hexdigest()
+    metadata = {"format": "tl_persona.steering_vector_set", "format_version": "1", "behavior": "calm", "layers": [1]}
+    (folder / "metadata.json").write_bytes(_encoded({**metadata, "sha256": {"1": digest}}))
+    (folder / "layer_1.safetensors").write_bytes(data)
+    _use_set(folder)
+    (folder / ".set.next").mkdir()
+    (folder / "layer_1.safetensors").rename(folder / ".set.next" / f"{digest}.safetensors")
+    _use_set(folder)
 
 
 def _rotalabs_text(folder: Path, data: bytes) -> None:
     torch.save(torch.ones(3), folder / "v.pt")
     (folder / "v.json").write_bytes(data)
-    SteeringVector.load(folder / "v")
+    _use_vector(folder / "v.pt")
 
 
 def _rotalabs_tensor(folder: Path, data: bytes) -> None:
-    (folder / "v.json").write_bytes(_encoded({"behavior": "calm", "layer_index": 1, "model_name": MODEL}))
-    (folder / "v.pt").write_bytes(data)
-    SteeringVector.load(folder / "v")
+    (folder / "metadata.json").write_bytes(_encoded({"behavior": "calm", "layers": [1]}))
+    (folder / "layer_1.json").write_bytes(_encoded({"behavior": "calm", "layer_index": 1, "model_name": MODEL}))
+    (folder / "layer_1.pt").write_bytes(data)
+    _use_vector(folder / "layer_1.pt")
+    _use_set(folder)
+
+
+def _rotalabs_pickle(folder: Path, data: bytes) -> None:
+    _rotalabs_tensor(folder, archived(data))
+
+
+def _control_vector(folder: Path, data: bytes) -> None:
+    (folder / "v.gguf").write_bytes(data)
+    SteeringVectorSet.import_gguf(folder / "v.gguf").save(folder / "set")
 
 
 def _saved_set(folder: Path) -> bytes:
-    vectors = SteeringVectorSet("calm")
-    for layer in (1, 2):
-        vectors.add(SteeringVector("calm", layer, torch.ones(3) * layer, MODEL))
-    vectors.save(folder)
+    _a_set().save(folder)
     return (folder / "metadata.json").read_bytes()
+
+
+def _a_set() -> SteeringVectorSet:
+    vectors = [SteeringVector("calm", layer, torch.ones(3) * layer, MODEL) for layer in (1, 2)]
+    return SteeringVectorSet("calm", vectors)
 
 
 TARGETS: dict[str, Callable[[Path, bytes], None]] = {
@@ -192,8 +237,11 @@ TARGETS: dict[str, Callable[[Path, bytes], None]] = {
     "times": _index(".manifest.times"),
     "steering vector": _steering_vector,
     "set": _set,
+    "layer of a set": _layer_of_a_set,
+    "control vector": _control_vector,
     "rotalabs text": _rotalabs_text,
     "rotalabs tensor": _rotalabs_tensor,
+    "rotalabs pickle": _rotalabs_pickle,
 }
 
 
@@ -221,10 +269,16 @@ def seeds(target: str, folder: Path) -> list[bytes]:
         return [path.read_bytes()]
     if target == "set":
         return [_saved_set(folder), _encoded({"behavior": "calm", "layers": [1, 2]})]
+    if target == "layer of a set":
+        _saved_set(folder)
+        return [(folder / "layer_1.safetensors").read_bytes()]
+    if target == "control vector":
+        return [_a_set().export_gguf(folder / "v.gguf").read_bytes(), _foreign_gguf()]
     if target == "rotalabs tensor":
-        buffer = BytesIO()
-        torch.save(torch.ones(3), buffer)
-        return [buffer.getvalue(), recompressed(buffer.getvalue())]
+        return [saved_by_torch(), recompressed(saved_by_torch())]
+    if target == "rotalabs pickle":
+        with zipfile.ZipFile(BytesIO(saved_by_torch())) as archive:
+            return [archive.read("archive/data.pkl")]
     texts = {
         "personas": [PERSONA_LINE],
         "questions": [QA_LINE, QA_LINE | {"qid": "q2", "item_type": "frq", "scope": "individual"}],
@@ -233,6 +287,33 @@ def seeds(target: str, folder: Path) -> list[bytes]:
         "rotalabs text": [{"behavior": "calm", "layer_index": 1, "model_name": MODEL, "metadata": {}}],
     }
     return [b"\n".join(map(_encoded, texts[target]))]
+
+
+def saved_by_torch() -> bytes:
+    buffer = BytesIO()
+    torch.save(torch.ones(3), buffer)
+    return buffer.getvalue()
+
+
+def archived(program: bytes) -> bytes:
+    """What torch saves, with another pickle in it."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(BytesIO(saved_by_torch())) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            new.writestr(name, program if name.endswith("data.pkl") else old.read(name))
+    return buffer.getvalue()
+
+
+def _foreign_gguf() -> bytes:
+    """A control vector as other programs write it, which vouches for nothing."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    header += text("general.architecture") + struct.pack("<I", 8) + text("controlvector")
+    header += text("direction.5") + struct.pack("<IQIQ", 1, 3, 0, 0)
+    return header.ljust(-(-len(header) // 32) * 32, b"\0") + struct.pack("<3f", 1, 2, 3)
 
 
 def recompressed(archive: bytes) -> bytes:

@@ -31,8 +31,9 @@ TESTS = {
     "masks": ["test_masks.py"],
     "plan": ["test_plan.py", "test_tries.py"],
     "prompts": ["test_prompts.py", "test_verification.py"],
+    "reading": ["test_reading.py", "test_prompts.py"],
     "rows": ["test_plan.py", "test_tries.py"],
-    "store": ["test_store.py", "test_store_damage.py", "test_store_check.py"],
+    "store": ["test_store.py", "test_store_damage.py", "test_store_check.py", "test_store_limits.py"],
 }
 """The tests of each module that need no model; `-k` leaves out those that take seconds."""
 LEFT_OUT = "not thousands and not smollm2"

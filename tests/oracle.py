@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_persona.backends.local.observers import LOOKING_ON
+
 
 def block_outputs(model: Any, input_ids: Tensor) -> Tensor:
     """Output of every decoder layer for one text, shape (layer, pos, d_model), in float64."""
@@ -41,6 +43,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(errors.max())
 
 
+def looking_on(hook: Any) -> Any:
+    """Marks a hook as one that changes nothing: for others every text is run by itself."""
+    hook.__module__ = LOOKING_ON[0]
+    return hook
+
+
 @contextmanager
 def watched(model: Any) -> Iterator[dict[str, int]]:
     """Counts the positions that go through the layers of a hooked model: `{"blocks.0.mlp": 42, ...}`."""
@@ -56,6 +64,7 @@ def watched(model: Any) -> Iterator[dict[str, int]]:
             hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
             positions[name] += hidden.shape[:-1].numel()
 
+        looking_on(count)
         handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
     try:
         yield positions

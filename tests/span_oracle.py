@@ -134,6 +134,8 @@ def what_is_left(behaviour: Behaviour, turns: Turns) -> tuple[bool, bool]:
     """
     left = [(piece, index) for piece, index in behaviour.expected(turns) if index is not None]
     whole = all(piece in turns[index][1] and piece.strip() == turns[index][1].strip() for piece, index in left)
+    if behaviour.unless_there:
+        whole = whole and not any(text.endswith(behaviour.unless_there) for _, text in turns)
     once = len({index for _, index in left}) == len(left)
     return whole and once, once and all(piece and piece in turns[index][1] for piece, index in left)
 

@@ -27,6 +27,7 @@ class Behaviour:
         expected: What must be rendered for some messages; the system prompt is in front of the question where folded.
         folds: True where the template takes no system message.
         kwargs: Keywords passed to the template.
+        unless_there: What it writes behind contents that have it not, so that nobody can tell whose it is.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Behaviour:
     expected: Callable[[Turns], Pieces]
     folds: bool = False
     kwargs: tuple[tuple[str, object], ...] = ()
+    unless_there: str = ""
 
 
 def in_text(pieces: Pieces) -> tuple[str, dict[int, tuple[int, int]]]:
@@ -273,6 +275,39 @@ def _switch(turns: Turns) -> Pieces:
     return pieces
 
 
+_FLAG_AND_THINK_REMOVED = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n"
+    "{% elif m['role'] == 'user' %}USER: {{ m['content'].replace('/think', '') }} "
+    "{% else %}ASSISTANT: {{ m['content'].split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+)
+
+
+def _flag_and_think_removed(turns: Turns) -> Pieces:
+    pieces: Pieces = []
+    for index, (role, text) in enumerate(turns):
+        if role == "system":
+            pieces += [(text, index), ("\n", None)]
+        elif role == "user":
+            pieces += [("USER: ", None), (text.replace("/think", ""), index), (" ", None)]
+        else:
+            pieces += [("ASSISTANT: ", None), (text.split("</think>")[-1], index), ("</s>", None)]
+    return pieces
+
+
+_BREAK_ADDED_IF_ABSENT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{{ '\n' if not m['content'].endswith('\n') }}<|im_end|>{% endfor %}"
+)
+
+
+def _break_added_if_absent(turns: Turns) -> Pieces:
+    pieces: Pieces = []
+    for index, (role, text) in enumerate(turns):
+        added = "" if text.endswith("\n") else "\n"
+        pieces += [(f"<|im_start|>{role}\n", None), (text, index), (f"{added}<|im_end|>", None)]
+    return pieces
+
+
 _AS_JSON = _CHATML.replace("m['content']", "m['content'] | tojson")
 _LINES_JOINED = _CHATML.replace("m['content']", "m['content'].replace('\n', ' ')")
 _CUT_AT_THIRTY = _CHATML.replace("m['content']", "m['content'][:30]")
@@ -305,6 +340,8 @@ BEHAVIOURS = (
     Behaviour("header", _HEADER, _header, kwargs=(("date_string", "01 Feb 2003"), ("tools", TOOLS))),
     Behaviour("keyword", _SWITCH, _switch, kwargs=(("enable_thinking", True),)),
     Behaviour("named", {"default": _CHATML, "rag": "{{ raise_exception('not this one') }}"}, _chatml),
+    Behaviour("flag_and_think_removed", _FLAG_AND_THINK_REMOVED, _flag_and_think_removed),
+    Behaviour("break_added_if_absent", _BREAK_ADDED_IF_ABSENT, _break_added_if_absent, unless_there="\n"),
     Behaviour("content_as_json", _AS_JSON, _as_json),
     Behaviour("lines_joined", _LINES_JOINED, lambda t: _chatml(t, lambda text: text.replace("\n", " "))),
     Behaviour("cut_at_thirty", _CUT_AT_THIRTY, lambda t: _chatml(t, lambda text: text[:30])),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import block_outputs, relative_error, watched
+from oracle import block_outputs, looking_on, relative_error, watched
 from tiny import D_MODEL, GPT2_CONTEXT, N_LAYERS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -284,7 +284,7 @@ def rows_of_passes(booted: Any) -> Iterator[list[int]]:
         hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         rows.append(hidden.shape[0])
 
-    handle = booted.blocks[0].mlp.register_forward_pre_hook(count, with_kwargs=True)
+    handle = booted.blocks[0].mlp.register_forward_pre_hook(looking_on(count), with_kwargs=True)
     try:
         yield rows
     finally:

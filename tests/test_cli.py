@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import tl_persona
 from tl_persona.cli import main
-from tl_persona.samples import PersonaDataset
+from tl_persona.samples import Persona, PersonaDataset, QAPair
 from tl_persona.store import PersonaVectorStore
 
 Row = dict[str, Any]
@@ -338,6 +339,46 @@ def test_a_file_alone_and_a_bad_line_end_with_2(cli: CommandLine) -> None:
     cli.questions[1]["type"] = "guessed"
     assert cli() == 2
     assert "qa.jsonl" in cli.err and re.search(r"\b2\b", cli.err) and "type" in cli.err
+
+
+def test_the_questions_of_one_persona_are_held_at_a_time(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[weakref.ref[QAPair]] = []
+
+    class Watched(QAPair, frozen=True, weakref=True):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            read.append(weakref.ref(self))
+
+    held: dict[str, list[str]] = {}
+
+    def pretend(*_args: Any, persona: Persona, **_options: Any) -> list[Any]:
+        held[persona.id] = [pair.qid for reference in read if (pair := reference()) is not None]
+        return []
+
+    monkeypatch.setattr("tl_persona.samples.QAPair", Watched)
+    monkeypatch.setattr("tl_persona.commands.extract.load_for_backend", lambda *_: object())
+    monkeypatch.setattr("tl_persona.commands.extract.run_extraction", pretend)
+    assert cli() == 0
+    assert held == {persona: [f"{persona}-{number}" for number in range(1, 6)] for persona in NAMES}
+
+
+@pytest.mark.parametrize("options", [[], ["--skip-failed"]])
+def test_a_file_that_changes_while_personas_run_ends_the_run_and_is_named(
+    options: list[str], cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def pretend(*_args: Any, persona: Persona, **_options: Any) -> list[Any]:
+        ran.append(persona.id)
+        with (cli.folder / "qa.jsonl").open("a") as file:
+            file.write(json.dumps(frq("odo", 6, "explicit", "Late.")) + "\n")
+        return []
+
+    monkeypatch.setattr("tl_persona.commands.extract.load_for_backend", lambda *_: object())
+    monkeypatch.setattr("tl_persona.commands.extract.run_extraction", pretend)
+    assert cli(*options) == 2
+    assert ran == ["mara"]
+    assert re.search(r"error: .*qa\.jsonl: the file was changed after it was opened", cli.err)
 
 
 @pytest.mark.tl

@@ -1,6 +1,7 @@
 """Contrast pairs: what is accepted, what is refused and how, files, splits, the bundled behaviours."""
 
 import json
+import os
 import string
 import subprocess
 import sys
@@ -217,6 +218,32 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
         ContrastPairDataset.load(tmp_path / "none.json")
     with pytest.raises(StoreError, match="cannot be read"):
         ContrastPairDataset.load(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="pipe or a device"):
+        ContrastPairDataset.load(tmp_path / "pipe")
+
+
+def test_a_description_or_metadata_that_no_file_can_hold_is_refused_and_so_is_a_folder_that_cannot_be_made(
+    tmp_path: Path,
+) -> None:
+    pairs = [{"positive": "a", "negative": "b"}]
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for dataset in (
+        ContrastPairDataset("calm", pairs, "\ud800"),
+        ContrastPairDataset("calm\ud800", pairs),
+        ContrastPairDataset("calm", [{**pairs[0], "metadata": {"deep": deep}}]),
+    ):
+        with pytest.raises(InputError, match="has no JSON form"):
+            dataset.save(tmp_path / "pairs.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot create the folder"):
+        ContrastPairDataset("calm", pairs).save(tmp_path / "file" / "pairs.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, object()])

@@ -226,6 +226,15 @@ def test_a_folder_with_a_set_of_ours_is_not_mixed_with_theirs(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize("found", ["[" * 100_000, "\xff", "[]", "a pipe"])
+def test_a_folder_with_metadata_that_is_none_is_written_over(tmp_path: Path, found: str) -> None:
+    if found == "a pipe":
+        os.mkfifo(tmp_path / "metadata.json")
+    else:
+        (tmp_path / "metadata.json").write_text(found, encoding="latin-1")
+    assert_same_directions(SteeringVectorSet.load(a_set(1).export_rotalabs(tmp_path)), a_set(1))
+
+
 def test_metadata_without_a_json_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     vectors = SteeringVectorSet("calm", [SteeringVector("calm", 1, torch.ones(2), "tiny", metadata={"k": object()})])
     with pytest.raises(InputError, match="no JSON form"):

@@ -1,6 +1,7 @@
 """Any bytes in any file that is read: only this package's own errors come out, soon, and without much memory."""
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -8,6 +9,7 @@ import signal
 import struct
 import traceback
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,16 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import MODEL, TARGETS, feed, recompressed, seeds
+from fuzzing import MODEL, TARGETS, archived, feed, recompressed, saved_by_torch, seeds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tl_persona.commands.show import run as show
 from tl_persona.contrast_dataset import ContrastPairDataset
 from tl_persona.description import describe
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, TLPersonaError
+from tl_persona.rotalabs_files import read_rotalabs
 from tl_persona.samples import PersonaDataset
 from tl_persona.store import PersonaVectorStore
-from tl_persona.vectors import SteeringVector
+from tl_persona.store_check import check_saved
+from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 SECONDS = 60
 MEMORY = 1_000 * 2**20
@@ -152,6 +157,39 @@ def bomb() -> bytes:
     return swollen.getvalue()
 
 
+def beside(name: str, shape: list[int], extra: list[int]) -> bytes:
+    """A tensor, and another of no numbers at all."""
+    size = 4 * math.prod(shape)
+    entries = {
+        name: {"data_offsets": [0, size], "dtype": "F32", "shape": shape},
+        "extra": {"data_offsets": [size, size], "dtype": "F32", "shape": extra},
+    }
+    return framed(json.dumps(entries).encode(), bytes(size))
+
+
+def plain(stored: int, size: int, stride: int = 1) -> bytes:
+    """A plain tensor's pickle, with claims of one's own."""
+    numbers = pickle.BINUNICODE + struct.pack("<I", 7) + b"storage" + b"ctorch\nFloatStorage\n"
+    numbers += b"X\x01\0\0\x000" + b"X\x03\0\0\0cpu" + b"J" + struct.pack("<i", stored)
+    size_and_stride = b"J" + struct.pack("<i", size) + b"\x85" + b"J" + struct.pack("<i", stride) + b"\x85"
+    start = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(("
+    return start + numbers + b"tQK\0" + size_and_stride + b"\x89ccollections\nOrderedDict\n)RtR."
+
+
+def calling(name: str, argument: int) -> bytes:
+    module, _, what = name.rpartition(".")
+    return b"\x80\x02c" + f"{module}\n{what}\n".encode() + b"J" + struct.pack("<i", argument) + b"\x85R."
+
+
+def legacy() -> bytes:
+    """A torch file of the time before archives, with an archive behind it."""
+    buffer = BytesIO()
+    torch.save(torch.ones(3), buffer, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("a", "b")
+    return buffer.getvalue()
+
+
 def claims_a_view() -> bytes:
     buffer = BytesIO()
     torch.save(torch.zeros(1).expand(2**40), buffer)
@@ -177,6 +215,13 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "a steering vector of nothing": lambda: shaped("vector", [0], 0),
     "an archive that unfolds": bomb,
     "a view that claims a trillion numbers": claims_a_view,
+    "a huge tensor of nothing beside the vectors": lambda: beside("activations", [2, 3], [0, 2**64 - 1]),
+    "a tensor beyond counting beside the vectors": lambda: beside("activations", [2, 3], [0, 2**63 - 1, 2**63 - 1]),
+    "a huge tensor of nothing beside the vector": lambda: beside("vector", [3], [0, 2**64 - 1]),
+    "a pickle that asks for memory": lambda: archived(calling("builtins.bytearray", 2**31 - 1)),
+    "a pickle that stores more than there is": lambda: archived(plain(2**30, 2**30)),
+    "a pickle that claims more than is stored": lambda: archived(plain(3, 2**30)),
+    "a legacy file with an archive behind it": legacy,
 }  # fmt: skip
 
 
@@ -205,14 +250,51 @@ def test_small_files_cannot_cost_much_memory_or_time(content: str, tmp_path: Pat
 
 
 def test_a_compressed_archive_is_refused_though_it_is_harmless(tmp_path: Path) -> None:
-    buffer = BytesIO()
-    torch.save(torch.ones(3), buffer)
     (tmp_path / "v.json").write_text(json.dumps({"behavior": "calm", "layer_index": 1, "model_name": MODEL}))
-    (tmp_path / "v.pt").write_bytes(buffer.getvalue())
+    (tmp_path / "v.pt").write_bytes(saved_by_torch())
     assert SteeringVector.load(tmp_path / "v").vector.tolist() == [1.0, 1.0, 1.0]
-    (tmp_path / "v.pt").write_bytes(recompressed(buffer.getvalue()))
+    (tmp_path / "v.pt").write_bytes(recompressed(saved_by_torch()))
     with pytest.raises(CorruptFileError, match="compressed"):
         SteeringVector.load(tmp_path / "v")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (archived(calling("builtins.bytearray", 500_000_000)), "asks for 'builtins bytearray'"),
+        (archived(calling("torch.Tensor", 500_000_000)), "asks for 'torch Tensor'"),
+        (archived(calling("torch.FloatTensor", 500_000_000)), "asks for 'torch FloatTensor'"),
+        (archived(calling("torch.nn.parameter.Parameter", 500_000_000)), "asks for 'torch.nn.parameter Parameter'"),
+        (archived(plain(4, 4)), "claims numbers 0 to 4 of 4, and has 12 bytes"),
+        (archived(plain(3, 4)), "claims numbers 0 to 4 of 3"),
+        (archived(plain(3, -1)), "claims numbers 0 to -1 of 3"),
+        (archived(plain(3, 3, 0)), "do not lie side by side"),
+        (archived(plain(3, 3)[:-1] + b"0."), "describes something else"),
+        (archived(bytes(5000)), "longer than it can be"),
+        (legacy(), "does not begin as an archive does"),
+        (pickle.dumps([1.0]), "does not begin as an archive does"),
+    ],
+)
+def test_a_pt_file_is_a_plain_tensor_that_is_all_there_or_says_what_it_is(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
+    (tmp_path / "v.json").write_text(json.dumps({"behavior": "calm", "layer_index": 1, "model_name": MODEL}))
+    (tmp_path / "v.pt").write_bytes(archived(plain(3, 3)))
+    assert SteeringVector.load(tmp_path / "v").vector.tolist() == [1.0, 1.0, 1.0]
+    (tmp_path / "v.pt").write_bytes(data)
+    with pytest.raises(CorruptFileError, match=message):
+        SteeringVector.load(tmp_path / "v")
+
+
+@pytest.mark.parametrize("extra", [[0, 2**64 - 1], [0, 2**63 - 1, 2**63 - 1], [0, 2**20]])
+def test_what_lies_beside_the_vectors_of_a_persona_is_not_looked_at(tmp_path: Path, extra: list[int]) -> None:
+    store = PersonaVectorStore(MODEL, tmp_path)
+    path = store.path_of("templated", "p1")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(beside("activations", [2, 3], extra))
+    assert store.load("templated", "p1").equal(torch.zeros(2, 3))
+    assert describe(path).shape == (2, 3)
+    assert check_saved(path).problems == ()
 
 
 # Pickles, pipes, devices and paths
@@ -271,19 +353,25 @@ def test_pipes_and_devices_in_the_place_of_files_do_not_hang(tmp_path: Path) -> 
     store.save("templated", "p1", "Ada", torch.ones(2, 3), ["q1"])
     folder = store.path_of("templated", "p1").parent
     os.mkfifo(folder / "p2.safetensors")
-    (folder / "p3.safetensors").symlink_to("/dev/zero")
-    os.mkfifo(tmp_path / "v.safetensors")
+    for name in ("v.safetensors", "v.pt", "v.gguf"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "v.json").write_text(json.dumps({"behavior": "calm", "layer_index": 1, "model_name": MODEL}))
     with time_limit(SECONDS):
         assert store.list_personas(["templated"]) == ["p1"]
+        (folder / "p3.safetensors").symlink_to("/dev/zero")
         for call in (
             lambda: store.load("templated", "p2"),
             lambda: store.load("templated", "p3"),
             lambda: describe(folder / "p2.safetensors"),
             lambda: describe(folder / "p3.safetensors"),
             lambda: SteeringVector.load(tmp_path / "v.safetensors"),
+            lambda: show(Namespace(path=str(tmp_path / "v.safetensors"))),
+            lambda: read_rotalabs(tmp_path / "v.json", tmp_path / "v.pt"),
+            lambda: SteeringVectorSet.import_gguf(tmp_path / "v.gguf"),
         ):
             with pytest.raises(StoreError, match=r"pipe or a device|outside"):
                 call()
+        (folder / "p3.safetensors").unlink()
         for name in ("manifest.pending", ".manifest.times"):
             (folder / name).unlink(missing_ok=True)
             os.mkfifo(folder / name)

@@ -218,6 +218,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         SteeringVectorSet.import_gguf(tmp_path / "none.gguf")
 
 
+def test_what_cannot_be_opened_as_a_file_is_our_error(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / f"{'x' * 300}.gguf"):
+        with pytest.raises(StoreError, match=r"cannot read .*(directory|too long)"):
+            SteeringVectorSet.import_gguf(path)
+    closed = a_set(1).export_gguf(tmp_path / "v")
+    with pytest.raises(NotStoredError, match="there is no such file"):
+        SteeringVectorSet.import_gguf(closed / "v.gguf")
+
+
 def test_without_gguf_files_are_read_and_writing_one_names_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,13 @@ def test_what_fits_nothing_is_refused_with_what_there_is(selection: LayerSelecti
         resolve(selection)
 
 
+@pytest.mark.parametrize("text", ["{}", "-{}", "0:{}", "{}:", "::{}", "blocks.{}.hook_resid_post"])
+def test_a_number_of_more_digits_than_python_counts_is_no_layer(text: str) -> None:
+    with pytest.raises(HookError, match="no hook '"):
+        resolve(text.format("9" * 5000))
+    assert layer_of(text.format("9" * 5000)) is None
+
+
 @pytest.mark.parametrize("thing", [[1], 1.5, None, {"layer": 1}])
 def test_what_is_no_choice_at_all_is_refused(thing: object) -> None:
     unchecked = getattr(resolve_hooks, "__wrapped__", resolve_hooks)  # the tests' type checker would refuse it first

@@ -1,5 +1,5 @@
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import BEHAVIOURS, Behaviour
 from tokenizer_kinds import fast_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tl_persona.errors import InputError, MaskError
 from tl_persona.masks import BUILDERS, MaskStrategy, SpanBatch, as_strategies, as_strategy, build_mask, build_masks
@@ -258,7 +260,7 @@ def test_question_last_special_is_the_end_of_turn_where_there_is_one_and_refused
             (after_question[behaviour.name],) = tokenizer.convert_ids_to_tokens(list(ids))
     text_follows = {
         *("brackets", "system_in_user_turn", "content_as_json", "mistral", "mistral_at_the_end", "mistral_tagged"),
-        *("vicuna", "alpaca"),
+        *("vicuna", "alpaca", "flag_and_think_removed"),
     }
     others = {
         **dict.fromkeys(["system_refused", "gemma3"], "<end_of_turn>"),
@@ -273,12 +275,50 @@ def test_question_last_special_is_the_end_of_turn_where_there_is_one_and_refused
         assert token == (None if name in text_follows else others.get(name, "<|im_end|>")), name
 
 
-def test_masks_stay_on_the_device_of_the_batch() -> None:
-    batch = [a_prompt((1, 1, 1, extra), (1, 1, 1), {4}, "s1") for extra in (0, 3)]
-    spans = SpanBatch.of(batch, device="meta")
-    assert {builder(spans).device.type for strategy, builder in BUILDERS.items() if strategy in SPAN_OF} == {"meta"}
-    # The builders that look beside a span read values, which tensors on this device have not; they use these two.
-    assert {spans.is_special.device.type, spans.is_token.device.type} == {"meta"}
+class _FarTensor(torch.Tensor):
+    """A tensor that says it lies on another device, where no machine needs to have one: its values are near."""
+
+    near: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, near: torch.Tensor) -> "_FarTensor":
+        far: _FarTensor = torch.Tensor._make_wrapper_subclass(cls, near.shape, dtype=near.dtype, device="lazy")
+        far.near = near
+        return far
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _compute(func, args, kwargs or {})
+
+
+class _AnotherDevice(TorchDispatchMode):
+    """Makes and copies tensors there too, as a real device would."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _compute(func, args, kwargs or {})
+
+
+def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a function of torch gives where the values are, on the device of its tensors or the one it names."""
+    tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor) and value.dim()]
+    devices = {value.device.type for value in tensors}
+    assert len(devices) <= 1, f"{func} mixes tensors of several devices"
+    named = kwargs.get("device")
+    there = named.type == "lazy" if named else devices == {"lazy"}
+    near_args, near_kwargs = tree_map(lambda value: getattr(value, "near", value), (args, kwargs))
+    result = func(*near_args, **{**near_kwargs, **({"device": torch.device("cpu")} if named else {})})
+    return tree_map(lambda value: _FarTensor(value) if isinstance(value, torch.Tensor) and there else value, result)
+
+
+@every_strategy
+@pytest.mark.parametrize("side", SIDES)
+def test_masks_are_built_on_the_device_of_the_batch(strategy: MaskStrategy, side: Side) -> None:
+    batch = [a_prompt((1, 1, 1, extra), (1, 2, 1), {5}, "s1") for extra in (0, 3)]
+    expected = build_masks(SpanBatch.of(batch, padding_side=side), strategy)
+    with _AnotherDevice():
+        masks = build_masks(SpanBatch.of(batch, padding_side=side, device="lazy"), strategy)
+    assert masks.device.type == "lazy"
+    assert torch.equal(masks.near, expected)  # type: ignore[attr-defined]
 
 
 @every_strategy

@@ -1,10 +1,14 @@
 """Merging stores: what is copied, what is refused, and that sharded extraction gives what one process gives."""
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -17,13 +21,14 @@ from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, write_as
 from tl_persona.artifact_header import SUFFIX
 from tl_persona.cli import main
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
-from tl_persona.merging import MergedFolder, merge_stores
+from tl_persona.merging import MergedFolder, OnConflict, merge_stores
 from tl_persona.provenance import Provenance
 from tl_persona.samples import PersonaDataset
 from tl_persona.sharding import Shard
 from tl_persona.store import PersonaVectorStore
 
 MODEL = "org/tiny"
+PLACE = Path("org__tiny", "answer_mean", "templated")
 OTHER_PROMPTS = msgspec.structs.replace(PROVENANCE, prompts_digest="another")
 
 
@@ -112,20 +117,88 @@ def test_sources_are_left_as_they_were(tmp_path: Path) -> None:
 
 
 def test_what_another_library_stored_keeps_its_names(tmp_path: Path) -> None:
-    place = Path("org__tiny", "answer_mean", "templated")
-    write_as_the_reference_does(tmp_path / "a" / place, {"p1": ("Ada", ["q7"], VECTORS)})
+    write_as_the_reference_does(tmp_path / "a" / PLACE, {"p1": ("Ada", ["q7"], VECTORS)})
     fill(tmp_path / "b", "p2", provenance=None)
     for _ in range(2):
         merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
     store = PersonaVectorStore(MODEL, tmp_path / "all")
     assert store.persona_names(["p1", "p2"], ["templated"]) == {"p1": "Ada", "p2": "Name of p2"}
     assert store.persona_sample_ids("templated", "p1") == ["q7"]
-    assert contents(tmp_path / "all").keys() == {str(place / "p1.safetensors"), str(place / "p2.safetensors")}
+    assert contents(tmp_path / "all").keys() == {str(PLACE / "p1.safetensors"), str(PLACE / "p2.safetensors")}
+
+
+@pytest.mark.parametrize("saved_meanwhile", [False, True])
+@pytest.mark.parametrize("on_conflict", ["error", "keep", "replace"])
+def test_a_merge_that_was_killed_knows_the_names_when_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_conflict: OnConflict, saved_meanwhile: bool
+) -> None:
+    write_as_the_reference_does(tmp_path / "a" / PLACE, {"p1": ("Ada", ["q7"], VECTORS), "p2": ("Bo", ["q8"], VECTORS)})
+    manifests = set()
+    for kill_at in (None, 1, 2, 3):  # two files, then the manifest
+        target = tmp_path / str(kill_at)
+        if on_conflict == "replace":
+            write_as_the_reference_does(target / PLACE, {"p1": ("Old", ["q0"], -VECTORS), "p3": ("Cy", [], VECTORS)})
+        with killed_at(kill_at, monkeypatch) as killed:
+            merge_stores([tmp_path / "a"], target, on_conflict)
+        assert killed == [kill_at] * (kill_at is not None)
+        if saved_meanwhile:
+            fill(target, "p9", provenance=None)
+        merge_stores([tmp_path / "a"], target, on_conflict)
+        manifests.add((target / PLACE / "manifest.json").read_text())
+    (text,) = manifests
+    personas = json.loads(text)["personas"]
+    assert personas["p1"] == {"name": "Ada", "sample_ids": ["q7"]}
+    assert personas["p2"] == {"name": "Bo", "sample_ids": ["q8"]}
+    assert len(personas) == 2 + (on_conflict == "replace") + saved_meanwhile
+
+
+@contextmanager
+def killed_at(call: int | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Ends what is in it when a file gets its name for the `call`-th time; the list then holds that number."""
+    calls, killed = itertools.count(1), []
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        number = next(calls)
+        if number == call:
+            killed.append(number)
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        yield killed
+
+
+@pytest.mark.parametrize(("on_conflict", "name"), [("error", "Theirs"), ("keep", "Theirs"), ("replace", "Ours")])
+def test_what_the_target_calls_a_persona_stays_unless_it_is_to_be_replaced(
+    tmp_path: Path, on_conflict: OnConflict, name: str
+) -> None:
+    write_as_the_reference_does(tmp_path / "a" / PLACE, {"p1": ("Ours", ["q7"], VECTORS)})
+    write_as_the_reference_does(tmp_path / "all" / PLACE, {"p1": ("Theirs", ["q7"], VECTORS)})
+    merge_stores([tmp_path / "a"], tmp_path / "all", on_conflict)
+    assert PersonaVectorStore(MODEL, tmp_path / "all").persona_names(["p1"], ["templated"]) == {"p1": name}
+
+
+def test_a_source_that_says_nothing_takes_no_name_away(tmp_path: Path) -> None:
+    write_as_the_reference_does(tmp_path / "a" / PLACE, {"p1": ("", [], VECTORS)})
+    write_as_the_reference_does(tmp_path / "all" / PLACE, {"p1": ("Theirs", ["q7"], VECTORS)})
+    merge_stores([tmp_path / "a"], tmp_path / "all", "replace")
+    assert PersonaVectorStore(MODEL, tmp_path / "all").persona_names(["p1"], ["templated"]) == {"p1": "Theirs"}
+
+
+def test_a_damaged_manifest_of_the_target_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    write_as_the_reference_does(tmp_path / "a" / PLACE, {"p1": ("Ada", ["q7"], VECTORS)})
+    folder = fill(tmp_path / "all", "p2", provenance=None).path_of("templated", "p2").parent
+    (folder / "manifest.json").write_text("{by hand")
+    with pytest.warns(UserWarning, match="is damaged"):
+        merge_stores([tmp_path / "a"], tmp_path / "all")
+    assert (folder / "manifest.json.damaged").read_text() == "{by hand"
+    assert list(json.loads((folder / "manifest.json").read_text())["personas"]) == ["p1", "p2"]
 
 
 def test_entries_that_others_added_to_the_target_manifest_are_kept(tmp_path: Path) -> None:
-    place = Path("org__tiny", "answer_mean", "templated")
-    write_as_the_reference_does(tmp_path / "a" / place, {"p1": ("Ada", ["q7"], VECTORS)})
+    write_as_the_reference_does(tmp_path / "a" / PLACE, {"p1": ("Ada", ["q7"], VECTORS)})
     path = fill(tmp_path / "all", "p2", provenance=None).path_of("templated", "p2").with_name("manifest.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"licence": "CC0"}))
     merge_stores([tmp_path / "a"], tmp_path / "all")
@@ -149,7 +222,7 @@ def test_a_conflict_names_both_files_and_the_difference_and_writes_nothing(tmp_p
     with pytest.raises(StoreMismatchError) as raised:
         merge_stores([tmp_path / "a"], tmp_path / "all")
     message = str(raised.value)
-    place = Path("org__tiny", "answer_mean", "templated", "p1.safetensors")
+    place = PLACE / "p1.safetensors"
     assert str(tmp_path / "all" / place) in message and str(tmp_path / "a" / place) in message
     assert "prompts_digest: " in message and "now 'another'" in message
     assert contents(tmp_path / "all") == before
@@ -235,6 +308,23 @@ def test_a_target_that_links_elsewhere_is_not_written_through(tmp_path: Path) ->
     with pytest.raises(StoreError, match="outside"):
         merge_stores([tmp_path / "a"], tmp_path / "all")
     assert not any((tmp_path / "outside").iterdir())
+
+
+@pytest.mark.parametrize("linked", ["org__tiny", "org__tiny/answer_mean", str(PLACE), f"{PLACE}/p1.safetensors"])
+def test_a_source_that_links_elsewhere_is_not_read_through(tmp_path: Path, linked: str) -> None:
+    fill(tmp_path / "a", "p1", "p2")
+    (tmp_path / "a" / linked).rename(tmp_path / "outside")
+    (tmp_path / "a" / linked).symlink_to(tmp_path / "outside")
+    with pytest.raises(StoreError, match=r"symbolic link to .*outside"):
+        merge_stores([tmp_path / "a"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_links_within_a_source_are_read(tmp_path: Path) -> None:
+    fill(tmp_path / "a", "p1")
+    (tmp_path / "a" / PLACE).with_name("biography").symlink_to("templated")
+    (tmp_path / "link").symlink_to("a")
+    assert [done.copied for done in merge_stores([tmp_path / "link"], tmp_path / "all")] == [1, 1]
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:

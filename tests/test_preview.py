@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,13 @@ def test_more_prompts_are_shown_when_asked_for(prompts: list[Prompt]) -> None:
 
 def test_brackets_and_colons_in_a_title_are_no_markup(prompts: list[Prompt]) -> None:
     assert "Mara [/b] :sob: [red]" in printed(prompts, MaskStrategy.ANSWER_LAST, title="Mara [/b] :sob: [red]")
+
+
+def test_a_title_or_an_id_that_a_terminal_would_obey_is_spelled_out(prompts: list[Prompt]) -> None:
+    hostile = [replace(prompt, sample_id="q\x1b[2J\n1") for prompt in prompts[:1]]
+    out = printed(hostile, MaskStrategy.ANSWER_MEAN, title="Ma\x1b]0;ra\x07")
+    assert "\x1b" not in out and "\x07" not in out
+    assert "Ma␛]0;ra␇" in out and "q␛[2J↵1" in out
 
 
 def test_the_legend_is_drawn_in_the_styles_it_explains() -> None:

@@ -15,7 +15,7 @@ from tiny import FAMILIES as MODELS
 from tiny import build_tokenizer
 from tokenizer_kinds import fast_tokenizer
 
-from tl_persona import PersonaDataset
+from tl_persona import ContrastPairDataset, PersonaDataset, load_pairs
 from tl_persona.cli import main
 from tl_persona.masks import MaskStrategy
 from tl_persona.samples import system_prompt
@@ -142,9 +142,9 @@ def test_a_cut_content_and_its_added_tokens_are_told(shown: Shown, tmp_path: Pat
     tokenizer.save_pretrained(tmp_path)
     typed = ["--system", "You <think>", "--user", "Who?", "--answer", "<think>Hm.</think>A"]
     out = shown("--model", str(tmp_path), *typed)
-    assert re.search(r"answer .* cut by the template; one reading is possible", out)
+    assert re.search(r"answer .* cut by the template", out)
     assert re.search(r"persona .* as given; one token each: <think>", out)
-    assert "the template cut a text; only one reading of what is left fits" in out
+    assert "the template cut a text: what is left of it was seen between markers" in out
 
 
 def test_a_chat_without_system_prompt_may_be_typed(tokenizer_folder: Callable[[str], str], shown: Shown) -> None:
@@ -152,6 +152,42 @@ def test_a_chat_without_system_prompt_may_be_typed(tokenizer_folder: Callable[[s
     assert "persona_mean  sample 'typed': persona_mean selects none" in out
     assert "written before the question  <|im_start|>user↵" in re.sub(r" +$", "", out, flags=re.MULTILINE)
     assert "before the persona" not in out
+
+
+def test_either_side_of_a_contrast_pair_is_shown(
+    tokenizer_folder: Callable[[str], str], shown: Shown, tmp_path: Path
+) -> None:
+    folder = tokenizer_folder("llama")
+    pair = load_pairs("refusal")[2]
+    for side in ("positive", "negative"):
+        out = shown("--model", folder, "--behavior", "refusal", "--pair", "3", "--side", side, "--full")
+        assert f"refusal · pair 3 · {side}" in out
+        answer = getattr(pair, side)[-1]["content"]
+        assert re.sub(r"\s+", "", answer) in re.sub(r"\s+", "", out)
+    own = ContrastPairDataset("calm")
+    question = {"role": "user", "content": "Ready?"}
+    own.add_pair(*([question, {"role": "assistant", "content": answer}] for answer in ("Breathe.", "Hurry!")))
+    own.add_pair("Easy.", "Quick!")
+    own.save(tmp_path / "calm.json")
+    assert "Breathe." in shown("--model", folder, "--pairs", str(tmp_path / "calm.json"))
+    err = shown("--model", folder, "--pairs", str(tmp_path / "calm.json"), "--pair", "2", code=2)
+    assert "pair 2 of calm is plain text" in err
+
+
+def test_a_chat_of_several_turns_is_read_from_a_file(
+    tokenizer_folder: Callable[[str], str], shown: Shown, tmp_path: Path
+) -> None:
+    texts = [("user", "Who?"), ("assistant", "Mara."), ("user", "Truly?"), ("assistant", "Yes.")]
+    (tmp_path / "chat.json").write_text(
+        json.dumps({"messages": [{"role": role, "content": text} for role, text in texts]})
+    )
+    out = shown("--model", tokenizer_folder("llama"), "--chat", str(tmp_path / "chat.json"))
+    assert re.search(r"written before the message 2 +", out)
+    assert re.search(r"\nquestion +\d+-\d+ ", out) and all(text in out for _, text in texts)
+    (tmp_path / "chat.json").write_text('{"role": "user"}')
+    assert "chat.json, line 1" in shown(
+        "--model", tokenizer_folder("llama"), "--chat", str(tmp_path / "chat.json"), code=2
+    )
 
 
 def test_a_strategy_that_selects_nothing_is_told_among_all_and_refused_alone(
@@ -187,6 +223,12 @@ def test_keywords_reach_the_template_as_json_or_text(shown: Shown, tmp_path: Pat
         ([*TYPED, "--question", "1"], "--question goes without --system"),
         (["--question", "100000"], "there is no --question 100000"),
         (["--persona-id", "nobody"], "nobody"),
+        (["--behavior", "refusal", "--question", "1"], "--question goes without --behavior"),
+        (["--chat", "chat.json", "--side", "negative"], "--side goes without --chat"),
+        (["--side", "negative"], "--pair and --side go with --behavior or --pairs"),
+        (["--behavior", "refusal", "--pair", "1000"], "refusal has 32 pairs, so there is no --pair 1000"),
+        (["--behavior", "refused"], "did you mean refusal"),
+        (["--chat", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--variant", "sung"], "sung"),
         (["--mask-strategy", "answer_maen"], "did you mean answer_mean"),
         (["--template-kwarg", "thinking"], "is not NAME=VALUE"),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import tl_persona.jsonl as jsonl
 from tl_persona.errors import InputError
+from tl_persona.hub import related_frq_qids
 from tl_persona.samples import (
     BASELINE_PERSONA_ID,
     Persona,
@@ -356,6 +357,15 @@ def test_a_folder_given_as_a_file_is_refused(tmp_path: Path) -> None:
         PersonaDataset.from_jsonl(tmp_path, tmp_path)
 
 
+def test_a_pipe_or_a_name_no_file_can_have_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, seen in ((tmp_path / "pipe", "pipe or a device"), ("nul\0", "null"), ("x" * 300, "too long")):
+        with pytest.raises(InputError, match=f"cannot be read .*{seen}"):
+            PersonaDataset.from_jsonl(path, path)
+    with pytest.raises(InputError, match="neither a local folder nor available"):
+        PersonaDataset.from_hub("x" * 300)
+
+
 # --- the split -----------------------------------------------------------------------------------------------------
 
 qa_rows = st.lists(
@@ -431,6 +441,13 @@ def test_a_bank_adds_related_questions_to_rows_without_their_own(tmp_path: Path)
     assert trained_on(PersonaDataset.from_hub(tmp_path)) == ["f1", "f3", "f4"]
     hub_files(tmp_path, bank=True)
     assert trained_on(PersonaDataset.from_hub(str(tmp_path))) == ["f3", "f4"]
+
+
+def test_a_bank_of_one_id_many_times_is_read_in_one_go(tmp_path: Path) -> None:
+    path = tmp_path / "bank.json"
+    items = [{"bank_id": "b1", "related_frq_qids": [f"f{index}"]} for index in range(30_000)]
+    path.write_text(json.dumps({"items": items}))
+    assert related_frq_qids(path) == {"b1": tuple(f"f{index}" for index in range(30_000))}
 
 
 def test_a_local_folder_has_no_revision_and_must_hold_the_files(tmp_path: Path) -> None:

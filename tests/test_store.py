@@ -413,6 +413,33 @@ def test_unusual_but_harmless_names_are_kept(store: PersonaVectorStore) -> None:
     assert len(store.list_personas(["templated"])) == 7
 
 
+def test_on_windows_names_that_are_drives_devices_or_other_names_there_are_refused(
+    store: PersonaVectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tl_persona.names._ON_WINDOWS", True)
+    for name in (
+        "C:",
+        "D:evil",
+        "a:b",
+        "NUL",
+        "nul.x",
+        "Con",
+        "com1",
+        "LPT9.tar.gz",
+        "AUX .x",
+        "p1.",
+        "p1 ",
+        "a?b",
+        "a*",
+    ):
+        with pytest.raises(InputError, match="Windows"):
+            store.path_of("templated", name)
+        with pytest.raises(InputError, match="Windows"):
+            PersonaVectorStore(f"org/{name}", store.root_dir)
+    for name in ("console", "a.b", "nul-1", "com10", "-rf"):
+        assert store.path_of("templated", name).name == f"{name}.safetensors"
+
+
 @pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
 def test_a_folder_has_one_shape(store: PersonaVectorStore, shape: tuple[int, int]) -> None:
     save(store)
@@ -462,6 +489,22 @@ def test_symbolic_links_out_of_the_store_are_not_written_through(store: PersonaV
         save(store, "p1", "circle")
     assert os.listdir(outside) == ["p1.safetensors"]
     assert (outside / "p1.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_links_within_the_store_are_read_and_others_left_out(store: PersonaVectorStore, tmp_path: Path) -> None:
+    folder = save(store)
+    inside = save(store, "p2", "biography") / "p2.safetensors"
+    outside = save(PersonaVectorStore(MODEL, tmp_path / "elsewhere"), "p3") / "p3.safetensors"
+    (folder / "p2.safetensors").symlink_to(inside)
+    (folder / "p3.safetensors").symlink_to(outside)
+    (folder / "p4.safetensors").symlink_to(folder / "p4.safetensors")
+    with pytest.warns(UserWarning, match=r"left out: .*p3\.safetensors is a symbolic link to .*elsewhere"):
+        assert store.list_personas(["templated"]) == ["p1", "p2"]
+    with pytest.warns(UserWarning, match="left out"):
+        assert store.rebuild_manifest("templated") == ["p1", "p2"]
+    with pytest.raises(StoreError, match="outside"):
+        store.load("templated", "p3")
 
 
 def test_a_root_that_is_a_link_is_the_users_choice(tmp_path: Path) -> None:

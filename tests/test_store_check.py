@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -14,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from test_store import MODEL, PROVENANCE, VECTORS, save, write_as_the_reference_does
 
+from tl_persona import files, locks, manifest, manifest_check
 from tl_persona.artifact import encode
 from tl_persona.cli import main
 from tl_persona.errors import NotStoredError, StoreError
@@ -266,6 +271,77 @@ def test_links_that_lead_out_are_named_and_not_followed(root: Path, tmp_path: Pa
     assert (tmp_path / "outside" / "secret.safetensors").read_bytes() == b"x"
 
 
+def test_a_manifest_that_is_a_link_is_made_a_file_again(root: Path, tmp_path: Path) -> None:
+    path = root / PLACE / "manifest.json"
+    right = path.read_bytes()
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    found = check_saved(root)
+    assert kinds(found) == [("manifest.json", "index")]
+    assert "symbolic link" in found.problems[0].what
+    assert [problem.repaired for problem in check_saved(root, repair=True).problems] == [True]
+    assert not path.is_symlink()
+    assert path.read_bytes() == (tmp_path / "elsewhere.json").read_bytes() == right
+    assert check_saved(root).problems == ()
+
+
+# While others save
+
+
+@pytest.mark.parametrize("persona_id", ["p9", "p1"])
+def test_a_save_during_the_check_is_no_flaw_of_the_index(root: Path, persona_id: str) -> None:
+    """A file that was not there when the folder was listed, and one that was another when it was read."""
+
+    def saves(done: int, total: int) -> None:
+        with PersonaVectorStore(MODEL, root) as store:
+            save(store, persona_id, persona_name=f"Ada {done}")
+
+    assert check_saved(root, on_progress=saves).problems == ()
+
+
+def test_a_save_that_has_not_come_to_its_index_is_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = root / PLACE
+    entered, released = threading.Event(), threading.Event()
+    real = manifest.undisturbed
+
+    def saver() -> None:
+        with manifest.locked(folder):
+            data = encode(VECTORS, persona_id="p9", persona_name="Ada", sample_ids=["q1"])
+            files.write_atomically(folder / "p9.safetensors", data)
+            entered.set()
+            released.wait(60)
+            manifest.record(folder, folder / "p9.safetensors")
+
+    def looked_at_again(folder: Path) -> AbstractContextManager[None]:
+        released.set()
+        return real(folder)
+
+    monkeypatch.setattr(manifest_check, "undisturbed", looked_at_again)
+    thread = threading.Thread(target=saver)
+    thread.start()
+    assert entered.wait(60)
+    try:
+        assert check_saved(root).problems == ()
+    finally:
+        released.set()
+        thread.join(60)
+
+
+def test_an_index_is_checked_though_its_lock_cannot_be_had(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / PLACE / "manifest.json").unlink()
+    monkeypatch.setattr(locks, "SECONDS", 0.05)
+    with manifest.locked(root / PLACE), ThreadPoolExecutor(1) as pool:
+        assert kinds(pool.submit(check_saved, root).result(60)) == [("manifest.json", "index")]
+
+
+def test_a_check_writes_nothing(root: Path) -> None:
+    (root / PLACE / "manifest.json").unlink()
+    (root / PLACE / ".manifest.lock").unlink()
+    before = sorted(os.listdir(root / PLACE))
+    assert kinds(check_saved(root)) == [("manifest.json", "index")]
+    assert sorted(os.listdir(root / PLACE)) == before
+
+
 def test_where_nothing_is_saved_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotStoredError, match="nothing is stored at"):
         check_saved(tmp_path / "absent")
@@ -311,6 +387,20 @@ def test_a_set_of_steering_vectors_is_checked_file_by_file_and_as_a_whole(tmp_pa
     assert kinds(check_saved(other)) == [("metadata.json", "damaged")]
     (other / "layer_1.safetensors").unlink()
     assert kinds(check_saved(other)) == [("metadata.json", "damaged")]
+
+
+@pytest.mark.parametrize("name", ["layer_1.json", "layer_1.pt", "metadata.json"])
+def test_links_of_a_set_that_lead_out_are_named_and_not_followed(tmp_path: Path, name: str) -> None:
+    folder, outside = tmp_path / "set", tmp_path / "outside" / "file"
+    folder.mkdir()
+    outside.parent.mkdir()
+    (folder / "metadata.json").write_text('{"behavior": "calm", "layers": [1]}')
+    (folder / "layer_1.json").write_text('{"behavior": "calm", "layer_index": 1, "model_name": "m"}')
+    torch.save(torch.ones(3), folder / "layer_1.pt")
+    assert check_saved(folder).problems == ()
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    assert kinds(check_saved(tmp_path / "set")) == [(name, "link")]
 
 
 def test_a_steering_vector_beside_persona_vectors_is_none_of_them(root: Path) -> None:

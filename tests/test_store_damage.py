@@ -273,7 +273,8 @@ def test_deeply_nested_and_oversized_headers_are_damaged() -> None:
     [
         ({"other": torch.ones(2, 3)}, "no tensor named 'activations'"),
         ({"activations": torch.ones(3)}, r"shape \(3,\), not \(layer, d_model\)"),
-        ({"activations": torch.ones(2, 3, dtype=torch.int32)}, "int32, not floating point"),
+        ({"activations": torch.ones(2, 3, dtype=torch.int32)}, "I32, not floating point"),
+        ({"activations": torch.ones(2, 3).to(torch.float8_e4m3fn)}, "F8_E4M3, not floating point of 16, 32 or 64 bits"),
     ],
 )
 def test_another_librarys_file_without_vectors_says_what_it_holds(
@@ -286,9 +287,20 @@ def test_another_librarys_file_without_vectors_says_what_it_holds(
         store.load("templated", "p2")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_another_librarys_numbers_are_those_that_torch_makes_float32_of(
+    store: PersonaVectorStore, dtype: torch.dtype
+) -> None:
+    vectors = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    folder_of(store).mkdir(parents=True)
+    save_file({"activations": vectors}, str(store.path_of("templated", "p1")))
+    found = store.load("templated", "p1")
+    assert found.dtype == torch.float32 and found.equal(vectors.to(torch.float32))
+
+
 def test_a_dtype_nobody_knows_is_damage() -> None:
     text = b'{"activations":{"data_offsets":[0,4],"dtype":"F33","shape":[1,1]}}'
-    with pytest.raises(CorruptFileError, match="safetensors cannot read it"):
+    with pytest.raises(CorruptFileError, match="its tensor is F33, not floating point"):
         decode(len(text).to_bytes(8, "little") + text + bytes(4), Path("x.safetensors"))
 
 
@@ -335,6 +347,19 @@ def test_a_link_in_the_place_of_the_pending_entries_is_not_followed(
         save(store, "p2")
     assert (tmp_path / "precious").read_text() == "precious"
     assert store.load("templated", "p2").equal(VECTORS)
+
+
+def test_a_link_in_the_place_of_the_manifest_is_not_followed(store: PersonaVectorStore, tmp_path: Path) -> None:
+    folder = save(store, "p1")
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"num_layers": 9, "hidden_size": 3, "secret": "s", "personas": {}}')
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to(secret)
+    with pytest.warns(UserWarning, match=r"manifest.json is damaged \(it is a symbolic link\)"):
+        save(store, "p2")
+    assert (folder / "manifest.json.damaged").readlink() == secret
+    assert "secret" not in (folder / "manifest.json").read_text()
+    assert list(read_as_the_reference_does(folder)) == ["p1", "p2"]
 
 
 def test_asking_the_status_of_what_is_not_there_leaves_no_folder(store: PersonaVectorStore) -> None:

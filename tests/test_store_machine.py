@@ -34,6 +34,7 @@ from tl_persona.store_check import check_saved
 
 MODEL = "org/tiny"
 VARIANTS = ("templated", "biography")
+NESTED = b'{"personas": {}, "x": ' + b"[" * 900 + b"]" * 900 + b"}"
 places = st.tuples(st.sampled_from(VARIANTS), st.sampled_from(["p1", "p2", "p3"]))
 values = st.integers(1, 5)
 
@@ -184,7 +185,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(
         variant=st.sampled_from(VARIANTS),
         name=st.sampled_from(["manifest.json", "manifest.pending", ".manifest.times"]),
-        content=st.sampled_from([None, b"", b"{", b'{"personas": {}}', b'{"id": "p1"}\n', b"\xff\n"]),
+        content=st.sampled_from([None, b"", b"{", b'{"personas": {}}', b'{"id": "p1"}\n', b"\xff\n", NESTED]),
     )
     def spoil_the_index(self, variant: str, name: str, content: bytes | None) -> None:
         path = self.path_of((variant, "any")).with_name(name)

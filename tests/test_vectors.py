@@ -27,6 +27,7 @@ from tl_persona.errors import (
     StoreError,
 )
 from tl_persona.provenance import Provenance
+from tl_persona.rotalabs_files import read_rotalabs
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 PROVENANCE = Provenance(
@@ -90,6 +91,11 @@ def write_rotalabs(stem: Path, tensor: Any, **changes: Any) -> None:
     }
     stem.with_suffix(".json").write_text(json.dumps({**data, **changes}))
     torch.save(tensor, stem.with_suffix(".pt"))
+
+
+def made(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
 
 
 def assert_same(found: SteeringVector, expected: SteeringVector) -> None:
@@ -328,6 +334,68 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
         SteeringVector.load(path)
 
 
+@pytest.mark.parametrize("shape", [(0, 2**64 - 1), (0, 2**63 - 1, 2**63 - 1), (0,)])
+def test_a_tensor_beside_the_vector_is_refused_whatever_its_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = a_vector().save(tmp_path / "v")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    header["extra"] = {"dtype": "F32", "shape": shape, "data_offsets": [8, 8]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
+    with pytest.raises(CorruptFileError, match=r"'extra'.*not one 'vector', non-empty, 1-D and floating-point"):
+        SteeringVector.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int8])
+def test_numbers_that_torch_cannot_calculate_with_are_no_vector(tmp_path: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save
+
+    if dtype.is_floating_point:
+        with pytest.raises(InputError, match=f"got {dtype} of shape"):
+            SteeringVector("calm", 3, torch.ones(2).to(dtype), "tiny")
+    path = a_vector().save(tmp_path / "v")
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    path.write_bytes(save({"vector": torch.ones(2).to(dtype)}, header))
+    with pytest.raises(CorruptFileError, match="not one 'vector', non-empty, 1-D and floating-point"):
+        SteeringVector.load(path)
+
+
+def test_a_hook_of_more_digits_than_python_counts_is_no_block(tmp_path: Path) -> None:
+    hook = f"blocks.{'9' * 5000}.hook_resid_post"
+    path = a_vector(hook_name=hook).save(tmp_path / "v")
+    assert SteeringVector.load(path).hook_name == hook
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+def test_names_that_no_file_can_have_are_our_errors(tmp_path: Path, name: str) -> None:
+    for load in (
+        lambda: SteeringVector.load(tmp_path / name),
+        lambda: SteeringVector.load(tmp_path / f"{name}.safetensors"),
+        lambda: SteeringVector.load(tmp_path / f"{name}.pt"),
+        lambda: SteeringVectorSet.load(tmp_path / name),
+        lambda: SteeringVectorSet.import_gguf(tmp_path / name),
+    ):
+        with pytest.raises(StoreError, match="cannot"):
+            load()
+
+
+def test_a_file_of_holes_that_claims_any_size_is_not_read(tmp_path: Path) -> None:
+    a_set(1).save(tmp_path)
+    for name in ("v.safetensors", "v.json", "v.gguf", "metadata.json"):
+        with open(tmp_path / name, "r+b" if name == "metadata.json" else "wb") as file:
+            file.truncate(2**42)
+    for load in (
+        lambda: SteeringVector.load(tmp_path / "v.safetensors"),
+        lambda: read_rotalabs(tmp_path / "v.json", tmp_path / "v.pt"),
+        lambda: SteeringVectorSet.import_gguf(tmp_path / "v.gguf"),
+        lambda: SteeringVectorSet.load(tmp_path),
+    ):
+        with pytest.raises(StoreError, match="it has 4398046511104 bytes, and 268435456 are the most"):
+            load()
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotStoredError, match=r"neither v.safetensors nor v.json"):
         SteeringVector.load(tmp_path / "v")
@@ -359,6 +427,19 @@ def test_a_vector_of_rotalabs_steer_loads_by_any_of_its_names(tmp_path: Path, sp
     assert_same(SteeringVector.load(tmp_path / spelling), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cut", [slice(None), slice(3, 400), slice(300, 301), slice(0, 1)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_vector_that_torch_saved_has_the_numbers_that_torch_loads(
+    tmp_path: Path, dtype: torch.dtype, cut: slice, trained: bool
+) -> None:
+    vector = torch.randn(500, dtype=dtype)[cut].requires_grad_(trained)
+    write_rotalabs(tmp_path / "layer_3", vector)
+    found = SteeringVector.load(tmp_path / "layer_3").vector
+    assert found.dtype == dtype and not found.requires_grad
+    assert torch.equal(found, torch.load(tmp_path / "layer_3.pt", weights_only=True).detach())
+
+
 class Payload:
     """Runs code when it is unpickled."""
 
@@ -369,12 +450,16 @@ class Payload:
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.ones(2, 2), r"got torch.float32 of shape \(2, 2\); it should hold one"),
-        (torch.ones(2, dtype=torch.int32), "got torch.int32"),
+        (torch.ones(2, 2), "holds no plain 1-D tensor of floats.*describes something else"),
+        (torch.ones(0), "claims numbers 0 to 0 of 0"),
+        (torch.ones(6)[::2], "describes something else, or numbers that do not lie side by side"),
+        (torch.ones(1).expand(2), "do not lie side by side"),
+        (torch.ones(2, dtype=torch.int32), "asks for 'torch IntStorage'"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "asks for"),
         (torch.tensor([1.0, math.nan]), "NaN"),
-        (torch.ones(2).to_sparse(), "got a torch.sparse_coo tensor"),
-        ({"vector": torch.ones(2)}, "got dict"),
-        (Payload(), "holds no plain tensor"),
+        (torch.ones(2).to_sparse(), "asks for 'torch._utils _rebuild_sparse_tensor'"),
+        ({"vector": torch.ones(2)}, "describes something else"),
+        (Payload(), "asks for 'posix mkdir'"),
     ],
 )
 def test_a_pt_file_with_anything_but_a_vector_is_refused(
@@ -393,7 +478,7 @@ def test_damaged_files_of_rotalabs_steer_are_named(tmp_path: Path) -> None:
     write_rotalabs(stem, torch.ones(2))
     whole = stem.with_suffix(".pt").read_bytes()
     stem.with_suffix(".pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptFileError, match=r"layer_3.pt: holds no plain tensor"):
+    with pytest.raises(CorruptFileError, match=r"layer_3.pt: holds no plain 1-D tensor of floats"):
         SteeringVector.load(stem)
     stem.with_suffix(".pt").unlink()
     with pytest.raises(NotStoredError, match=r"layer_3.pt: there is no such file, though layer_3.json is there"):
@@ -569,6 +654,60 @@ def test_a_set_that_names_a_layer_twice_is_refused_and_one_that_is_saved_to_with
     monkeypatch.setattr(set_files, "read_bytes", lambda path: read(path) + b" " * (next(counter) % 7))
     with pytest.raises(StoreError, match="is saved to without end"):
         SteeringVectorSet.load(tmp_path)
+
+
+@pytest.mark.parametrize("digest", ["\0", "\ud800", "", "../../x", "0" * 63, "A" * 64, "0" * 64 + "\n", "g" * 64])
+def test_a_checksum_that_is_none_is_refused_before_it_names_a_file(tmp_path: Path, digest: str) -> None:
+    a_set(1).save(tmp_path)
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    metadata["sha256"]["1"] = digest
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(CorruptFileError, match=r"metadata.json: not what is expected there"):
+        SteeringVectorSet.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "layer_1.safetensors", "layer_3.json", "layer_3.pt", ".set.next"])
+def test_nothing_of_a_set_is_read_through_a_link_that_leads_out(tmp_path: Path, name: str) -> None:
+    folder, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    if name.startswith("layer_3"):
+        write_rotalabs(made(folder) / "layer_3", torch.ones(2))
+        (folder / "metadata.json").write_text('{"behavior": "calm", "layers": [3]}')
+    else:
+        a_set(1).save(folder)
+    if name == ".set.next":  # as a killed save leaves it
+        digest = json.loads((folder / "metadata.json").read_text())["sha256"]["1"]
+        (folder / "layer_1.safetensors").rename(made(folder / name) / f"{digest}.safetensors")
+    assert len(SteeringVectorSet.load(folder)) == 1
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(StoreError, match=r"is a symbolic link to .*elsewhere.*outside"):
+        SteeringVectorSet.load(folder)
+
+
+def test_a_set_is_not_written_through_a_link_and_may_lie_behind_one(tmp_path: Path) -> None:
+    (made(tmp_path / "set") / ".set.next").symlink_to(made(tmp_path / "elsewhere"))
+    with pytest.raises(StoreError, match="outside"):
+        a_set(1).save(tmp_path / "set")
+    assert os.listdir(tmp_path / "elsewhere") == []
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    a_set(1).save(tmp_path / "link")
+    assert SteeringVectorSet.load(tmp_path / "link").layers == [1]
+
+
+def test_a_vector_saved_into_the_folder_of_a_set_that_is_being_saved_is_not_swept_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def save_the_set_first(source: Any, target: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        a_set(1).save(tmp_path)
+        replace(source, target)
+
+    a_set(1).save(tmp_path)
+    monkeypatch.setattr(os, "replace", save_the_set_first)
+    a_vector(9).save(tmp_path / "alone")
+    assert SteeringVector.load(tmp_path / "alone").layer_index == 9
 
 
 def test_a_set_of_rotalabs_steer_loads_and_warns_when_asked_for_its_best(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from span_oracle import BY_NAME, TEMPLATES, one
@@ -13,6 +14,7 @@ from tl_persona import MaskStrategy, QAPair, prepare_inputs
 from tl_persona.errors import PromptError
 from tl_persona.prompts import Prompt, Span
 from tl_persona.proofs import Change
+from tl_persona.spans import TokenAligner
 from tl_persona.verification import verify
 
 
@@ -77,6 +79,35 @@ def test_verify_takes_every_strategys_mask_and_no_other(strategy: MaskStrategy) 
         other[index] = ~other[index]
         with pytest.raises(PromptError, match=f"'q1': its mask does not select what {strategy} says"):
             verify(replace(prepared, token_mask=other))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "holds"),
+    [
+        ("\u00e9A", "\u00a9 A", True),
+        ("\u00e9A", "\u00a9 z A", False),
+        ("x\u00e9A", "x \u00a9 A", False),
+        ("A\u00e9", "A \u00c3", True),
+        ("A\u00e9", "A z \u00c3", False),
+        ("A\u00e9x", "A \u00c3 x", False),
+        ("\u00e9A\u00e9", "\u00a9 A \u00c3", True),
+        ("\u00e9A\u00e9", "\u00a9 B \u00c3", False),
+    ],
+)
+def test_pieces_of_a_character_across_the_border_excuse_no_other_text(text: str, tokens: str, holds: bool) -> None:
+    """The first and the last token, by their offsets, have a letter of the content and bytes of the one beside it."""
+    tokenizer = chatml()
+    ids = np.array(tokenizer.convert_tokens_to_ids(tokens.split()))
+    start = text.index("A")
+    offsets = np.array([(start, start + 1)] * len(ids))
+    offsets[0, 0], offsets[-1, 1] = 0, len(text)
+    aligner, span = TokenAligner(tokenizer), Span(start, start + 1, 0, len(ids))
+    assert "\ufffd" in tokenizer.decode(ids)
+    if holds:
+        aligner.check_decoding(text, span, ids, offsets)
+    else:
+        with pytest.raises(PromptError, match="is 'A', but its tokens decode to"):
+            aligner.check_decoding(text, span, ids, offsets)
 
 
 def test_verify_finds_a_text_that_is_not_what_the_template_wrote() -> None:

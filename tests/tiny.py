@@ -150,13 +150,45 @@ FAMILIES: dict[str, Family] = {
 """Rotary (llama, qwen3), learned positions (gpt2), ALiBi (bloom), windows (mistral, gemma3), experts (mixtral)."""
 
 
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+
+ODD_FAMILIES: dict[str, Family] = {
+    "gpt_neo": _chatml(
+        lambda: transformers.GPTNeoConfig(
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=GPT2_CONTEXT,
+            hidden_size=D_MODEL,
+            num_layers=N_LAYERS,
+            num_heads=4,
+            attention_types=[[["global", "local", "local"], N_LAYERS // 3]],
+            window_size=WINDOW,
+            initializer_range=_WEIGHT_STD,
+        )
+    ),
+    "longrope": _chatml(
+        lambda: transformers.Phi3Config(
+            **{**_SIZES, "max_position_embeddings": 256},
+            original_max_position_embeddings=32,
+            rope_parameters=_LONG_ROPE,
+        )
+    ),
+}
+"""Windows under a name of their own; rotary positions that the longest text of a pass decides for all of its rows."""
+
+
 def build_tiny(family: str, folder: Path) -> Path:
     """Write a random model of `family` and its tokenizer to `folder`, and return the folder.
 
     The same family has the same weights and the same tokenizer every time. TransformerLens 3.x guesses the
     architecture from words in a path ("llama", "gemma"), so name the folder something else.
     """
-    recipe = FAMILIES[family]
+    recipe = (FAMILIES | ODD_FAMILIES)[family]
     tokenizer = build_tokenizer(recipe)
     config = recipe.config()
     config.bos_token_id, config.eos_token_id, config.pad_token_id = (

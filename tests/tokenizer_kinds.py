@@ -12,13 +12,16 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL = (
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<start_of_turn>", "<end_of_turn>"),
     *("<|User|>", "<|Assistant|>", "<|end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
-    *("<|eot_id|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<|eot_id|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"),
 )
 """Control tokens of the templates."""
 
 SWALLOWS = ("<|system|>", "<|user|>", "<|assistant|>", "<|stop|>")
 """Control tokens that take the white space after them into themselves, as Phi-3's do."""
+
+UNMARKED = ("<｜User｜>", "<｜Assistant｜>")
+"""Added to the vocabulary and not marked special, though templates write them as control tokens, as DeepSeek's do."""
 
 ADDED = ("<think>", "</think>", "<tool_response>", "</tool_response>")
 """Added to the vocabulary, but not marked special, as Qwen3's are."""
@@ -168,4 +171,4 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     special = [AddedToken(token, normalized=False) for token in SPECIAL if token not in known]
     special += [AddedToken(token, normalized=False, rstrip=True) for token in SWALLOWS]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ADDED])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (*UNMARKED, *ADDED)])

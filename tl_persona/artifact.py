@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from tl_persona.artifact_header import (
@@ -27,6 +25,7 @@ from tl_persona.artifact_header import (
     header_of,
     tensor_is_intact,
 )
+from tl_persona.artifact_numbers import numbers_of
 from tl_persona.errors import InputError, NonFiniteError
 from tl_persona.provenance import Provenance
 from tl_persona.tensors import LayerVectors
@@ -87,22 +86,17 @@ def decode(data: bytes, source: Path, persona_id: str | None = None) -> tuple[Ar
     header = header_of(data, source, persona_id)
     if not tensor_is_intact(data, header):
         raise damaged(source, "the checksum of its tensor does not fit")
-    return header, tensor_of(data, source)
+    return header, tensor_of(data, header)
 
 
-def tensor_of(data: bytes, source: Path) -> LayerVectors:
+def tensor_of(data: bytes, header: ArtifactHeader) -> LayerVectors:
     """The vectors of a whole file in float32, whatever its checksum says.
 
     Raises:
-        CorruptFileError: There is no such tensor in it.
+        CorruptFileError: They are no floating-point matrix of the shape that the header says.
     """
-    try:
-        vectors = safetensors.torch.load(data)[TENSOR_NAME]
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise damaged(source, f"safetensors cannot read it ({error})") from error
-    if not vectors.is_floating_point():
-        raise damaged(source, f"its tensor is {vectors.dtype}, not floating point")
-    return vectors.to(torch.float32)
+    numbers = numbers_of(data, header)
+    return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("="))).to(torch.float32)
 
 
 def _check_tensor(vectors: Tensor, persona_id: str, sample_ids: list[str], provenance: Provenance | None) -> None:

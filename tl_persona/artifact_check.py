@@ -4,7 +4,6 @@ A persona vector is checked without torch. A steering vector is loaded, which ch
 other and their index is `store_check`'s work.
 """
 
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,9 @@ import msgspec
 import numpy as np
 
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, damaged, header_of, read_bytes, tensor_is_intact
+from tl_persona.artifact_numbers import numbers_of
 from tl_persona.errors import CorruptFileError, InputError, NonFiniteError, StoreError
+from tl_persona.files import present
 
 Kind = Literal["damaged", "unreadable", "numbers", "provenance", "misfit", "link", "index"]
 
@@ -73,8 +74,9 @@ def check_steering_file(path: Path) -> FileCheck:
     """Everything about a file with one steering vector."""
     from tl_persona.vectors import SteeringVector  # Needs torch, which checking a store does without.
 
-    size = path.stat().st_size if path.exists() else 0
+    size = 0
     try:
+        size = path.stat().st_size if present(path) else 0
         vector = SteeringVector.load(path)
     except (StoreError, InputError, NonFiniteError) as error:
         return FileCheck(size=size, problems=(_of_error(path, error),))
@@ -102,18 +104,7 @@ def _of_error(path: Path, error: Exception) -> Problem:
 
 
 def _layers_not_finite(data: bytes, header: ArtifactHeader) -> list[int]:
-    """Raises `CorruptFileError` where the numbers are no floating-point matrix."""
-    start, stop = header.tensor_range
-    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-    if header.dtype not in kinds:
-        raise damaged(header.source, f"its tensor is {header.dtype}, not floating point")
-    kind = np.dtype(kinds[header.dtype])
-    if stop - start != math.prod(header.shape) * kind.itemsize:
-        raise damaged(header.source, f"its {stop - start} bytes are no {header.dtype} of shape {header.shape}")
-    numbers = np.frombuffer(data, kind, math.prod(header.shape), start).reshape(header.shape)
-    # A bfloat16 whose exponent is all ones is NaN or infinity; numpy has no such type.
-    finite = (numbers & 0x7F80) != 0x7F80 if header.dtype == "BF16" else np.isfinite(numbers)
-    return [int(layer) for layer in np.flatnonzero(~finite.all(axis=1))]
+    return [int(layer) for layer in np.flatnonzero(~np.isfinite(numbers_of(data, header)).all(axis=1))]
 
 
 def _contradictions(header: ArtifactHeader) -> list[str]:

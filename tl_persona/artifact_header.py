@@ -8,6 +8,8 @@ as they are. The format is specified in `docs/store.md`.
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,18 +87,16 @@ class ArtifactHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file.
+    """A whole file, once its header is read: a file with holes can be of any length, and takes no disk.
 
     Raises:
         NotStoredError: There is none.
-        StoreError: It cannot be read.
+        CorruptFileError: The header is altered, or promises another length.
+        StoreError: It cannot be read, or a later version of this package wrote it.
     """
-    try:
+    read_header(path)
+    with _reading(path):
         return read_regular(path)
-    except FileNotFoundError as error:
-        raise NotStoredError(f"nothing is stored at {path}; extract it first") from error
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {reason(error)}") from error
 
 
 def read_header(path: Path, persona_id: str | None = None) -> ArtifactHeader:
@@ -107,16 +107,11 @@ def read_header(path: Path, persona_id: str | None = None) -> ArtifactHeader:
         CorruptFileError: The file is truncated or altered, or holds another persona than `persona_id`.
         StoreError: It cannot be read, or a later version of this package wrote it.
     """
-    try:
-        with open_regular(path) as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            prefix = file.read(8)
-            return _parse(prefix, file.read(_header_length(prefix, size, path)), size, path, persona_id)
-    except FileNotFoundError as error:
-        raise NotStoredError(f"nothing is stored at {path}; extract it first") from error
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {reason(error)}") from error
+    with _reading(path), open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        prefix = file.read(8)
+        return _parse(prefix, file.read(_header_length(prefix, size, path)), size, path, persona_id)
 
 
 def format_of(path: Path) -> str | None:
@@ -148,6 +143,16 @@ def tensor_is_intact(data: bytes, header: ArtifactHeader) -> bool:
         return True
     start, stop = header.tensor_range
     return hashlib.sha256(memoryview(data)[start:stop]).hexdigest() == header.metadata.get("sha256")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotStoredError(f"nothing is stored at {path}; extract it first") from error
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {reason(error)}") from error
 
 
 class _Format(msgspec.Struct):

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from tl_persona.contrast_pair import ContrastPair, PairLike, Side, checked_pair
 from tl_persona.errors import InputError, NotStoredError, StoreError
-from tl_persona.files import write_atomically
+from tl_persona.files import make_folder, read_regular, reason, write_atomically
 from tl_persona.provenance import text_digest
 
 
@@ -128,6 +128,7 @@ class ContrastPairDataset:
 
         Raises:
             InputError: Some metadata has no JSON form.
+            StoreError: The file system refused.
         """
         data = {
             "behavior": self.behavior,
@@ -135,12 +136,14 @@ class ContrastPairDataset:
             "pairs": [pair.to_dict() for pair in self._pairs],
         }
         try:
-            text = json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{self.behavior}: metadata of a pair has no JSON form: {error}") from error
+            text = json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{self.behavior!r}: the description, or a pair's metadata, has no JSON form: {error}"
+            ) from error
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{text}\n".encode())
+        make_folder(path.parent)
+        write_atomically(path, text + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "ContrastPairDataset":
@@ -153,11 +156,11 @@ class ContrastPairDataset:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(read_regular(path))
         except FileNotFoundError as error:
             raise NotStoredError(f"{path}: there is no such file of contrast pairs") from error
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+            raise StoreError(f"{path}: cannot be read: {reason(error)}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         return from_json(data, str(path))

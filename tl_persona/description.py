@@ -51,7 +51,7 @@ def describe(path: str | Path) -> ArtifactDescription:
     data = read_bytes(path)
     header = header_of(data, path)
     intact = tensor_is_intact(data, header)
-    vectors = tensor_of(data, path)
+    vectors = tensor_of(data, header)
     name, sample_ids = name_and_sample_ids(header)
     return ArtifactDescription(
         path=path,

@@ -1,7 +1,7 @@
-"""Writes files whole or not at all, reads nothing but files, and refuses names that would leave their folder.
+"""Writes files whole or not at all, reads nothing but files, and follows no link out of where it should stay.
 
-What is in the files is decided elsewhere. Reading leaves an `OSError` to the caller, who knows what was wanted;
-otherwise only `StoreError` and `InputError` come out of here.
+What is in the files is decided elsewhere, and what they may be called in `names`. Reading leaves an `OSError` to the
+caller, who knows what was wanted; otherwise only `StoreError` comes out of here.
 """
 
 import errno
@@ -9,23 +9,21 @@ import itertools
 import os
 import secrets
 import stat
-import unicodedata
 from pathlib import Path
 from typing import BinaryIO
 
-from tl_persona.errors import InputError, StoreError
+from tl_persona.errors import StoreError
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names of unfinished files start with this; every reader of a folder passes over them."""
 
-MAX_NAME_BYTES = 200
-"""File systems allow 255 bytes; a suffix and a little room for tools come off that."""
 
-_RESERVED = frozenset({"manifest"})
-
-
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a file for reading; what is no file, such as a pipe or a device, may never end or never begin.
+
+    Args:
+        path: The file.
+        buffering: As for `open`.
 
     Raises:
         OSError: There is none, or it is no regular file.
@@ -37,20 +35,95 @@ def open_regular(path: Path) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
-        return os.fdopen(handle, "rb")
+        return os.fdopen(handle, "rb", buffering)
     except BaseException:
         os.close(handle)
         raise
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path, at_most: int | None = None) -> bytes:
     """All of a file; see `open_regular`.
 
+    Args:
+        path: The file.
+        at_most: More bytes than these are refused unread. A file with holes can claim any size, and use no disk.
+
     Raises:
-        OSError: It cannot be read.
+        OSError: It cannot be read, or does not fit into the memory.
     """
     with open_regular(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if at_most is not None and size > at_most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and {at_most} are the most", str(path))
+        try:
+            return file.read()
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, f"its {size} bytes do not fit into the memory", str(path)) from error
+
+
+def present(path: Path) -> bool:
+    """Whether something is there, links followed: `Path.exists`, but an answer that the system refuses is an error.
+
+    Raises:
+        StoreError: The system will not say: a folder on the way is closed, the links run in a circle, or no name is
+            like that.
+    """
+    return _mode(path) is not None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there, links followed.
+
+    Raises:
+        StoreError: The system will not say.
+    """
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a file is there that is no pipe or device, links followed.
+
+    Raises:
+        StoreError: The system will not say.
+    """
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def folders_below(folder: Path, depth: int, root: Path) -> list[Path]:
+    """The folders `depth` levels below `folder`, in order; hidden ones are passed over.
+
+    Args:
+        folder: Where to look; where it is not there, nothing is found.
+        depth: At least 1.
+        root: Links may lead anywhere below it.
+
+    Raises:
+        StoreError: A folder cannot be listed, or a link leads out of `root`.
+    """
+    found = [folder] if is_folder(folder) else []
+    for _ in range(depth):
+        try:
+            inner = [path for outer in found for path in sorted(outer.iterdir()) if not path.name.startswith(".")]
+        except OSError as error:
+            raise StoreError(f"cannot list {error.filename}: {reason(error)}") from error
+        found = [path for path in inner if is_folder(path)]
+        for path in found:
+            refuse_outside(path, root)
+    return found
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path behind all symbolic links.
+
+    Raises:
+        StoreError: They run in a circle, or no path is like that.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"cannot follow the symbolic links of {str(path)!r}: {reason(error)}") from error
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -78,7 +151,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
             raise
         if durable:
             fsync_folder(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: as in `_mode`
         raise StoreError(f"cannot write {path}: {reason(error)}; check free space and permissions") from error
 
 
@@ -110,8 +183,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         StoreError: The file system refused.
     """
+    missing = [path for path in (folder, *folder.parents) if not present(path)]
     try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             fsync_folder(path.parent)
@@ -127,56 +200,11 @@ def refuse_outside(path: Path, root: Path) -> None:
     Raises:
         StoreError: A link on the way leads elsewhere, or in a circle.
     """
-    try:
-        target, allowed = path.resolve(), root.resolve()
-    except (OSError, RuntimeError) as error:
-        raise StoreError(f"cannot follow the symbolic links of {path}: {reason(error)}") from error
+    target, allowed = resolved(path), resolved(root)
     if not target.is_relative_to(allowed):
         raise StoreError(
             f"{path} is a symbolic link to {target}, outside {allowed}: nothing is read or written through it"
         )
-
-
-def safe_component(name: str, what: str) -> str:
-    """Return `name` when it is one plain name, fit for a file on any system.
-
-    Args:
-        name: A persona id, a variant, or the like.
-        what: What the name stands for, for the message.
-
-    Raises:
-        InputError: The name is empty, hidden, reserved, too long, or has separators or control characters.
-
-    Example:
-        >>> safe_component("persona-7", "persona id")
-        'persona-7'
-    """
-    flaw = _flaw(name)
-    if flaw is not None:
-        raise InputError(f"{what} {_shown(name)} cannot name a file: {flaw}. Choose a plain name")
-    return name
-
-
-def model_folder_name(model_name: str) -> str:
-    """The folder of a model: its name with `/` as `__`.
-
-    Raises:
-        InputError: A part of the name between slashes is no `safe_component`.
-
-    Example:
-        >>> model_folder_name("HuggingFaceTB/SmolLM2-135M-Instruct")
-        'HuggingFaceTB__SmolLM2-135M-Instruct'
-    """
-    folder = model_name.replace("/", "__")
-    for part in (*model_name.split("/"), folder):
-        flaw = _flaw(part)
-        if flaw is not None:
-            where = "" if part in (model_name, folder) else f" at {part!r}"
-            raise InputError(
-                f"model name {_shown(model_name)} cannot name a folder{where}: {flaw}. "
-                "Use a hub id such as 'org/model', or any plain name, for a local path too"
-            )
-    return folder
 
 
 def reason(error: BaseException) -> str:
@@ -184,21 +212,10 @@ def reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _flaw(name: str) -> str | None:
-    if not name:
-        return "it is empty, or a path that starts or ends with '/'"
-    if "/" in name or "\\" in name:
-        return "it has a path separator"
-    if name.startswith("."):
-        return "it starts with a dot"
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        return "it has a control character or a lone surrogate"
-    if len(name.encode()) > MAX_NAME_BYTES:
-        return f"it is longer than {MAX_NAME_BYTES} bytes"
-    if name.casefold() in _RESERVED:
-        return "the name is reserved for the index"
-    return None
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 60 else f"{name[:60]}...")
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null character, or a surrogate that no file system can have
+        raise StoreError(f"cannot look at {str(path)!r}: {reason(error)}") from error

@@ -20,9 +20,10 @@ from tl_persona.errors import HookError
 LayerChoice: TypeAlias = SupportsIndex | str | slice | range | Callable[[str], bool]
 LayerSelection: TypeAlias = LayerChoice | Sequence[LayerChoice] | None
 
-_INT = re.compile(r"\s*-?\d+\s*")
-_RANGE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_NUMBER = "-?[0-9]{1,9}"  # no model has more blocks, and Python refuses to count digits by the thousand
+_INT = re.compile(rf"\s*{_NUMBER}\s*")
+_RANGE = re.compile(rf"\s*({_NUMBER})?\s*:\s*({_NUMBER})?\s*(?::\s*({_NUMBER})?\s*)?")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,9})\.")
 _GLOB_PART = re.compile(r"\*\*|\*|\?|\[!?[^\]]+\]|[^*?\[]+|\[")
 
 

@@ -4,12 +4,14 @@ Every other file is only fetched here: reading personas and questions is `sample
 when a file is fetched from the hub, so a local folder works without it. No torch here.
 """
 
+import os
 from pathlib import Path
 from typing import Literal, overload
 
 import msgspec
 
 from tl_persona.errors import InputError
+from tl_persona.files import present
 from tl_persona.jsonl import StrPath, read_document
 
 BANK_FILE = "implicit_shared_mc_bank.json"
@@ -40,11 +42,11 @@ def fetch(repo: StrPath, revision: str | None, name: str, *, optional: bool = Fa
         ...     fetch(folder, None, "qa.jsonl").name, fetch(folder, None, BANK_FILE, optional=True)
         ('qa.jsonl', None)
     """
-    if Path(repo).is_dir():
+    if os.path.isdir(repo):  # False where the system refuses the name: it may still be a repository's
         if revision is not None:
             raise InputError(f"{repo} is a local folder, which has no revision {revision!r}; leave revision out")
         path = Path(repo, name)
-        return None if optional and not path.exists() else path
+        return None if optional and not present(path) else path
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -83,8 +85,8 @@ def related_frq_qids(bank: Path) -> dict[str, tuple[str, ...]]:
         ...     related_frq_qids(path)
         {'b1': ('f1', 'f2')}
     """
-    related: dict[str, tuple[str, ...]] = {}
+    related: dict[str, list[str]] = {}
     for item in read_document(bank, _Bank).items:
         if item.bank_id:
-            related[item.bank_id] = related.get(item.bank_id, ()) + (item.related_frq_qids or ())
-    return related
+            related.setdefault(item.bank_id, []).extend(item.related_frq_qids or ())
+    return {bank_id: tuple(qids) for bank_id, qids in related.items()}

@@ -18,6 +18,7 @@ from typing import BinaryIO, Generic, TypeVar
 import msgspec
 
 from tl_persona.errors import InputError
+from tl_persona.files import open_regular, reason
 
 MAX_LINE_BYTES = 16 * 2**20
 """Far above any real record, which takes some thirty times its size in memory; a longer line is no JSON Lines."""
@@ -133,9 +134,9 @@ def bad_line(path: StrPath, number: int, problem: str) -> InputError:
 
 def _open(path: StrPath) -> BinaryIO:
     try:
-        return Path(path).open("rb", buffering=2**20)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file") from error
+        return open_regular(Path(path), buffering=2**20)
+    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
+        raise InputError(f"{path}: cannot be read ({reason(error)}); give the path of a JSON file") from error
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:

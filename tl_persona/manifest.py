@@ -9,10 +9,9 @@ The formats are `manifest_files`' work.
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ import msgspec
 from tl_persona import locks
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_header
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError, StoreMismatchError
-from tl_persona.files import TEMPORARY_PREFIX, free_name, read_regular, reason
+from tl_persona.files import free_name, reason
 from tl_persona.manifest_files import (
     FORMAT_VERSION,
     MANIFEST,
@@ -31,10 +30,13 @@ from tl_persona.manifest_files import (
     append_pending,
     encode_manifest,
     facts_of,
+    is_believable,
     is_entry,
+    read_index_file,
     read_recorded,
     write_manifest,
 )
+from tl_persona.manifest_folder import artifacts, leftovers_of
 
 LOCK = ".manifest.lock"
 DAMAGED_SUFFIX = ".damaged"
@@ -98,7 +100,7 @@ def _index_of(folder: Path, recorded: Recorded, trust: bool, written: str | None
         facts[persona_id] = facts_of(stat)
         known = recorded.entries.get(persona_id)
         unchanged = trust and persona_id != written and recorded.facts.get(persona_id) == facts[persona_id]
-        if unchanged and shape is not None and is_entry(known):
+        if unchanged and shape is not None and is_believable(known):
             personas[persona_id] = known
         else:
             unread.append((persona_id, path))
@@ -145,6 +147,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def undisturbed(folder: Path) -> Iterator[None]:
+    """As `locked` for who only reads: nothing is made, and where the lock cannot be had it is done without."""
+    with ExitStack() as stack:
+        if os.path.lexists(folder / LOCK):
+            with suppress(StoreError):
+                stack.enter_context(locked(folder))
+        yield
+
+
 def record(folder: Path, path: Path) -> None:
     """Index the file at `path`, just written to `folder`, whose lock the caller holds.
 
@@ -163,17 +175,26 @@ def record(folder: Path, path: Path) -> None:
         rewrite(folder, written=persona_id)
 
 
-def rewrite(folder: Path, *, trust: bool = True, written: str | None = None) -> Index:
+def rewrite(
+    folder: Path, *, trust: bool = True, written: str | None = None, told: Mapping[str, Entry] | None = None
+) -> Index:
     """Write `manifest.json` anew from what is in `folder`, whose lock the caller holds; see `read_index`.
 
     A broken manifest is kept beside it, since names that only it had may still be read out of it by eye.
+
+    Args:
+        folder: The folder of one model, strategy and variant.
+        trust: As for `read_index`.
+        written: Likewise.
+        told: What else is known of files that do not say names and sample ids themselves, instead of what is indexed.
 
     Raises:
         StoreError: The folder cannot be read or written.
     """
     recorded = read_recorded(folder)
+    recorded.manifest["personas"].update(told or {})
     index = _index_of(folder, recorded, trust, written)
-    leftovers = _leftovers(folder)
+    leftovers = leftovers_of(folder)
     try:
         if recorded.problem is not None:
             os.replace(folder / MANIFEST, free_name(folder / f"{MANIFEST}{DAMAGED_SUFFIX}"))
@@ -188,10 +209,10 @@ def rewrite(folder: Path, *, trust: bool = True, written: str | None = None) -> 
 
 def is_up_to_date(folder: Path) -> bool:
     """Whether `manifest.json` alone says all there is to say of `folder`, and a killed process left nothing there."""
-    if (folder / PENDING).exists() or _leftovers(folder):
+    if os.path.lexists(folder / PENDING) or leftovers_of(folder):
         return False
     try:
-        current = read_regular(folder / MANIFEST)
+        current = read_index_file(folder / MANIFEST)
     except OSError:
         return not any(artifacts(folder))
     return current == read_index(folder).encoded()
@@ -214,36 +235,6 @@ def name_and_sample_ids(header: ArtifactHeader) -> tuple[str | None, list[str] |
     listed = read_recorded(header.source.parent).manifest["personas"]
     entry = listed.get(header.source.name.removesuffix(SUFFIX))
     return (entry["name"] or None, [str(x) for x in entry["sample_ids"]]) if is_entry(entry) else (None, None)
-
-
-def artifacts(folder: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
-    """Persona id, path and status of every file of vectors in `folder`, in no order; none where it is absent.
-
-    Raises:
-        StoreError: The folder cannot be listed.
-    """
-    for item in _listed(folder):
-        if item.name.endswith(SUFFIX) and not item.name.startswith("."):
-            try:
-                stat = item.stat()
-            except OSError:  # Removed or moved since it was listed, or a link to nothing.
-                continue
-            if S_ISREG(stat.st_mode):
-                yield item.name.removesuffix(SUFFIX), Path(item.path), stat
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    return [Path(item.path) for item in _listed(folder) if item.name.startswith(TEMPORARY_PREFIX)]
-
-
-def _listed(folder: Path) -> list["os.DirEntry[str]"]:
-    try:
-        with os.scandir(folder) as listing:
-            return list(listing)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StoreError(f"cannot list {folder}: {reason(error)}") from error
 
 
 def entry_from(header: ArtifactHeader, previous: object) -> Entry:

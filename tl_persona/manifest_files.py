@@ -5,10 +5,11 @@
 - `.manifest.times`: sizes, times and inodes that the files had when they were indexed. It says nothing of the vectors,
   only which of them need not be read again on this disk, so it is never copied, and may be lost at any time.
 
-What the index means, and when which file is written, is `manifest`'s work.
+None is read through a symbolic link. What the index means, and when which file is written, is `manifest`'s work.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,14 @@ PENDING = "manifest.pending"
 TIMES = ".manifest.times"
 FORMAT_VERSION = 1
 
+MAX_BYTES = 2**30
+"""What an index may have; the entries of four hundred thousand personas with 240 samples each."""
+
+MAX_DEPTH = 32
+"""How deep a manifest may nest. Ours nests three levels; much deeper ones can be read, and not be written again."""
+
 _HEAD_BYTES = 4096
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 Entry: TypeAlias = dict[str, Any]
 """What the index has of one persona: `name`, `sample_ids`, and `digest` where its provenance is known."""
@@ -83,7 +91,26 @@ def facts_of(stat: os.stat_result) -> FileFacts:
 
 def is_entry(entry: object) -> TypeGuard[Entry]:
     """Whether something is an entry of the published layout."""
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("sample_ids"), list)
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    sample_ids = entry.get("sample_ids")
+    return isinstance(sample_ids, list) and _PLAIN.issuperset(map(type, sample_ids))
+
+
+def is_believable(entry: object) -> TypeGuard[Entry]:
+    """Whether an entry is such as this package writes, to be written again as it is."""
+    return is_entry(entry) and _PLAIN.issuperset(type(value) for key, value in entry.items() if key != "sample_ids")
+
+
+def read_index_file(path: Path) -> bytes:
+    """All of one of the files of an index.
+
+    Raises:
+        OSError: It cannot be read, is a symbolic link, or larger than any index.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
+    return read_regular(path, MAX_BYTES)
 
 
 def read_recorded(folder: Path) -> Recorded:
@@ -110,6 +137,8 @@ def stated_shape(folder: Path) -> tuple[int, int] | None:
         StoreError: A later version of this package wrote the manifest.
     """
     try:
+        if (folder / MANIFEST).is_symlink():  # `read_recorded` says so
+            return None
         with open_regular(folder / MANIFEST) as file:
             head = file.read(_HEAD_BYTES).partition(b'"personas"')[0]
     except FileNotFoundError:
@@ -164,10 +193,12 @@ def _read_manifest(folder: Path) -> tuple[bytes, dict[str, Any], str | None]:
     path = folder / MANIFEST
     empty: dict[str, Any] = {"personas": {}}
     try:
-        data = read_regular(path)
+        data = read_index_file(path)
     except FileNotFoundError:
         return b"", empty, None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return b"", empty, reason(error)
         raise StoreError(f"cannot read {path}: {reason(error)}") from error
     try:
         manifest = msgspec.json.decode(data, type=dict[str, Any])
@@ -176,7 +207,17 @@ def _read_manifest(folder: Path) -> tuple[bytes, dict[str, Any], str | None]:
     _check_version(folder, manifest.get("format_version", FORMAT_VERSION))
     if not isinstance(manifest.get("personas"), dict):
         return data, empty, "it has no mapping 'personas'"
+    if _nests_too_deep([value for key, value in manifest.items() if key != "personas"]):
+        return data, empty, f"it nests deeper than {MAX_DEPTH} levels"
     return data, manifest, None
+
+
+def _nests_too_deep(values: list[Any]) -> bool:
+    """Whether `MAX_DEPTH` levels down there are still lists or mappings."""
+    for _ in range(MAX_DEPTH):
+        nested = [value for value in values if isinstance(value, list | dict)]
+        values = [inner for value in nested for inner in (value.values() if isinstance(value, dict) else value)]
+    return any(isinstance(value, list | dict) for value in values)
 
 
 def _check_version(folder: Path, version: object) -> None:
@@ -190,7 +231,7 @@ def _check_version(folder: Path, version: object) -> None:
 def _read_times(folder: Path, manifest: bytes) -> dict[str, FileFacts]:
     """The facts that were written for exactly this manifest."""
     try:
-        times = msgspec.json.decode(read_regular(folder / TIMES), type=_Times)
+        times = msgspec.json.decode(read_index_file(folder / TIMES), type=_Times)
     except (OSError, msgspec.DecodeError, RecursionError, UnicodeError):
         return {}
     return times.files if times.manifest_sha256 == hashlib.sha256(manifest).hexdigest() else {}
@@ -198,7 +239,7 @@ def _read_times(folder: Path, manifest: bytes) -> dict[str, FileFacts]:
 
 def _read_pending(folder: Path) -> list[_Pending]:
     try:
-        lines = read_regular(folder / PENDING).splitlines()
+        lines = read_index_file(folder / PENDING).splitlines()
     except OSError:
         return []
     pending = []

@@ -4,19 +4,20 @@ Files are copied as they are, whole or not at all, and verified on the way. Noth
 stores hold is one vector if both would be computed alike, and a conflict otherwise. Sources are only read.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from tl_persona import manifest
 from tl_persona.agreement import disagreements, facts_of_folder, facts_of_header
 from tl_persona.artifact import decode
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_header
-from tl_persona.errors import InputError, NotStoredError, StoreError, StoreMismatchError
-from tl_persona.files import make_folder, reason, refuse_outside, write_atomically
-from tl_persona.manifest_files import FORMAT_VERSION, MANIFEST
+from tl_persona.errors import InputError, NotStoredError, StoreMismatchError
+from tl_persona.files import folders_below, is_regular, make_folder, refuse_outside, resolved, write_atomically
+from tl_persona.manifest_files import Entry, is_entry, read_recorded
+from tl_persona.manifest_folder import paths_of_vectors
 
 OnConflict: TypeAlias = Literal["error", "keep", "replace"]
 
@@ -66,7 +67,7 @@ def merge_stores(
         NotStoredError: A source holds no vectors.
         StoreMismatchError: Files of one folder differ in shape, hooks or weights, or there is a conflict.
         CorruptFileError: A file is damaged; what was copied before is whole.
-        StoreError: The file system refused.
+        StoreError: The file system refused, or a link leads out of a source or of the target.
 
     Example:
         >>> import tempfile, torch
@@ -87,7 +88,7 @@ def merge_stores(
         raise InputError(f"unknown on_conflict {on_conflict!r}: choose {', '.join(get_args(OnConflict))}")
     surveys: dict[Path, _Incoming] = {}
     for source in roots:
-        if source.resolve() == root.resolve():
+        if resolved(source) == resolved(root):
             raise InputError(f"{source} is the target itself: name other stores")
         _read_source(source, root, surveys)
     for folder, incoming in surveys.items():
@@ -99,10 +100,12 @@ def merge_stores(
 
 def _read_source(source: Path, root: Path, surveys: dict[Path, _Incoming]) -> None:
     found = False
-    for folder in _variant_folders(source):
+    for folder in folders_below(source, 3, source):  # <source>/<model>/<strategy>/<variant>
         target = root / folder.relative_to(source)
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
-            if path.name.startswith(".") or not path.is_file():
+        for path in paths_of_vectors(folder):
+            if os.path.islink(path):
+                refuse_outside(path, source)
+            if not is_regular(path):
                 continue
             persona_id = path.name.removesuffix(SUFFIX)
             surveys.setdefault(target, {}).setdefault(persona_id, []).append(read_header(path, persona_id))
@@ -111,23 +114,6 @@ def _read_source(source: Path, root: Path, surveys: dict[Path, _Incoming]) -> No
         raise NotStoredError(
             f"{source} holds no persona vectors: name the root of a store, the folder above the models' folders"
         )
-
-
-def _variant_folders(root: Path) -> Iterator[Path]:
-    """The folders `<root>/<model>/<strategy>/<variant>`."""
-    folders = [root]
-    try:
-        for _ in range(3):
-            folders = [
-                path
-                for folder in folders
-                if folder.is_dir()
-                for path in sorted(folder.iterdir())
-                if path.is_dir() and not path.name.startswith(".")
-            ]
-    except OSError as error:
-        raise StoreError(f"cannot list {root}: {reason(error)}") from error
-    yield from folders
 
 
 def _refuse_mismatches(folder: Path, incoming: _Incoming) -> None:
@@ -185,7 +171,8 @@ def _merge_folder(folder: Path, incoming: _Incoming, root: Path, on_conflict: On
     report = MergedFolder(folder)
     refuse_outside(folder, root)
     make_folder(folder)
-    copied: list[ArtifactHeader] = []
+    copied: set[str] = set()
+    nameless: dict[str, ArtifactHeader] = {}
     for persona_id, headers in incoming.items():
         path = folder / f"{persona_id}{SUFFIX}"
         # One lock a file: who saves to the target meanwhile does not wait for thousands of copies.
@@ -197,18 +184,21 @@ def _merge_folder(folder: Path, incoming: _Incoming, root: Path, on_conflict: On
                 data = read_bytes(chosen.source)
                 decode(data, chosen.source, persona_id)
                 write_atomically(path, data)
-                copied.append(chosen)
+                copied.add(persona_id)
+        alike = [header for header in headers if header is chosen or _same(chosen, header)]
         if held is None:
             report.copied += 1
         elif chosen is not held:
             report.replaced += 1
-        elif all(_same(held, header) for header in headers):
+        elif len(alike) == len(headers):
             report.same += 1
         else:
             report.left += 1
+        if alike and not chosen.is_ours:
+            nameless[persona_id] = alike[-1] if on_conflict == "replace" else alike[0]
     with manifest.locked(folder):
-        _index_names(folder, [header for header in copied if not header.is_ours])
-        manifest.rewrite(folder, trust=False)
+        told = _entries_of(nameless, folder, copied, on_conflict)
+        manifest.rewrite(folder, trust=False, told=told)
     return report
 
 
@@ -224,17 +214,25 @@ def _chosen(held: ArtifactHeader | None, headers: list[ArtifactHeader], on_confl
     return chosen
 
 
-def _index_names(folder: Path, copied: list[ArtifactHeader]) -> None:
-    """Files of other libraries do not hold names and sample ids: their manifests do, so these go into the target's."""
-    if not copied:
-        return
-    sources = {header.source.parent: manifest.read_index(header.source.parent).personas for header in copied}
-    index = manifest.read_index(folder)
-    personas: dict[str, Any] = dict(index.personas)
-    for header in copied:
-        persona_id = header.source.name.removesuffix(SUFFIX)
-        entry = sources[header.source.parent][persona_id]
-        personas[persona_id] = {"name": entry["name"], "sample_ids": entry["sample_ids"]}
-    shape = {} if index.shape is None else dict(zip(("num_layers", "hidden_size"), index.shape, strict=True))
-    document = {"format_version": FORMAT_VERSION, **shape, **index.extra, "personas": personas}
-    write_atomically(folder / MANIFEST, json.dumps(document).encode())
+def _entries_of(
+    nameless: Mapping[str, ArtifactHeader], folder: Path, copied: Collection[str], on_conflict: OnConflict
+) -> dict[str, Entry]:
+    """Files of other libraries do not hold names and sample ids: the manifests beside them do.
+
+    Files that the target had already are asked too: a merge that was killed before it came to the manifest says, run
+    again, what it would have said.
+    """
+    places = {header.source.parent for header in nameless.values()}
+    manifests = {place: read_recorded(place).manifest["personas"] for place in places}
+    held = read_recorded(folder).manifest["personas"]
+    entries = {}
+    for persona_id, header in nameless.items():
+        told = manifests[header.source.parent].get(persona_id)
+        wanted = on_conflict == "replace" or not _says_something(held.get(persona_id))
+        if persona_id in copied or (wanted and _says_something(told)):
+            entries[persona_id] = manifest.entry_from(header, told)
+    return entries
+
+
+def _says_something(entry: object) -> bool:
+    return is_entry(entry) and bool(entry["name"] or entry["sample_ids"])

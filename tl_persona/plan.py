@@ -99,8 +99,10 @@ class Plan:
 
     Attributes:
         samples: All samples, in the caller's order, each up to the last position that a mask selects.
+        given: The same samples as they were given.
         passes: In the order to run them.
         sharing: What the model was taken to be capable of.
+        wanted: The same before anything was found out about the model.
         tokens: Tokens of all samples.
         tokens_distinct: Tokens that are computed, each shared one once.
         tokens_run: Tokens that go through the model, padding included.
@@ -109,8 +111,10 @@ class Plan:
     """
 
     samples: tuple[Sample, ...]
+    given: tuple[Sample, ...]
     passes: tuple[Pass, ...]
     sharing: Sharing
+    wanted: Sharing
     tokens: int
     tokens_distinct: int
     tokens_run: int
@@ -119,7 +123,16 @@ class Plan:
 
     def with_sharing(self, sharing: Sharing) -> "Plan":
         """The same samples within the same limits, laid out for another kind of sharing."""
-        return make_plan(self.samples, batch_tokens=self.batch_tokens, max_rows=self.max_rows, sharing=sharing)
+        plan = make_plan(self.given, batch_tokens=self.batch_tokens, max_rows=self.max_rows, sharing=sharing)
+        return replace(plan, wanted=self.wanted)
+
+    def alone(self) -> "Plan":
+        """Every sample whole and by itself: right wherever what follows a text, or lies beside it, may change it."""
+        layout = Layout(self.batch_tokens, 1, packs=False)
+        for index, sample in enumerate(self.given):
+            layout.add_sample(index, len(sample.input_ids))
+        plan = _plan(self.given, self.given, layout, Sharing.NONE, self.batch_tokens, self.max_rows)
+        return replace(plan, wanted=self.wanted)
 
     def peak_bytes(self, n_hooks: int, d_model: int, bytes_per_number: int = 4) -> int:
         """Bytes that the captured activations of the largest pass take."""
@@ -156,7 +169,7 @@ def make_plan(
             raise InputError(f"{name} must be at least 1, got {limit}")
     for sample in samples:
         sample.check(n_ctx, vocabulary)
-    samples = [sample.needed() for sample in samples]
+    given, samples = samples, [sample.needed() for sample in samples]
     layout = Layout(budget, max_rows, packs=sharing is Sharing.PACKED)
     if sharing is Sharing.NONE:
         for index, sample in enumerate(samples):
@@ -164,11 +177,24 @@ def make_plan(
     else:
         for tree in prefix_trees([each.input_ids.cpu().numpy() for each in samples], MIN_SHARED):
             layout.add_tree(tree)
+    return _plan(given, samples, layout, sharing, budget, max_rows)
+
+
+def _plan(
+    given: Sequence[Sample],
+    samples: Sequence[Sample],
+    layout: Layout,
+    sharing: Sharing,
+    budget: int,
+    max_rows: int | None,
+) -> Plan:
     passes = layout.passes()
     return Plan(
         samples=tuple(samples),
+        given=tuple(given),
         passes=passes,
         sharing=sharing,
+        wanted=sharing,
         tokens=sum(len(sample.input_ids) for sample in samples),
         tokens_distinct=sum(len(row) for each in passes for row in each.rows),
         tokens_run=sum(each.tokens_run for each in passes),

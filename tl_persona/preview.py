@@ -116,11 +116,11 @@ def print_masks(
         prompts: How many prompts a strategy.
     """
     out = console or Console(highlight=False)
-    out.rule(Text(title))
+    out.rule(Text(_in_one_line(title)))
     out.print(legend())
     for strategy, prompt, mask in _pick(masked, strategies, prompts):
         total = len(masked.prompts_of(strategy))
-        _print_mask(out, strategy, prompt, mask, f"sample {prompt.sample_id} (of {total}): ", elide=True)
+        _print_mask(out, strategy, prompt, mask, f"sample {_in_one_line(prompt.sample_id)} (of {total}): ", elide=True)
 
 
 def print_prompt(
@@ -145,7 +145,7 @@ def print_prompt(
     Raises:
         MaskError: A strategy selects nothing, unless `refusals`.
     """
-    console.rule(Text(title))
+    console.rule(Text(_in_one_line(title)))
     console.print(legend())
     for strategy in strategies:
         try:
@@ -175,7 +175,7 @@ def _print_mask(
 _CHANGES = {
     Change.KEPT: "as given",
     Change.TRIMMED: "white space at the ends stripped",
-    Change.CUT: "cut by the template; one reading is possible",
+    Change.CUT: "cut by the template",
 }
 
 
@@ -220,7 +220,9 @@ def _template_table(prompt: Prompt) -> Table:
     table.add_row("tokens", f"{len(prompt.input_ids)}, {special} of them special")
     table.add_row("template", f"digest {proof.template_digest}")
     exact = "the prompt is what the template writes and the texts, character for character"
-    table.add_row("proof", exact if proof.exact else "the template cut a text; only one reading of what is left fits")
+    table.add_row(
+        "proof", exact if proof.exact else "the template cut a text: what is left of it was seen between markers"
+    )
     if proof.folded:
         table.add_row("system prompt", "put before the question: the template takes no system message")
     names = [content.name for content in sorted(proof.contents, key=lambda content: content.char_range)]

@@ -1,7 +1,7 @@
 """Renders and tokenizes chats, with the proven spans of system prompt, question and answer.
 
-Where a content lies in the rendering is proven by `templates` and `layout`, which tokens cover it by `spans`; the texts
-come from `samples` and `contrast`. Building masks is `masks`' work, checking a prompt again `verification`'s.
+Where a content lies in the rendering is proven by `reading`, which tokens cover it by `spans`; the texts come from
+`samples` and `contrast`. Building masks is `masks`' work, checking a prompt again `verification`'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import FOLD_SEPARATOR, CharRange, ChatLayout, Trim
-from tl_persona.proofs import Change, ContentProof, SpanProof
+from tl_persona.layout import FOLD_SEPARATOR
+from tl_persona.proofs import ContentProof, SpanProof, change_of
+from tl_persona.reading import ChatReader, Rendering
 from tl_persona.spans import NO_SPAN, PromptSpans, Span, TokenAligner
-from tl_persona.templates import (
-    ChatTokenizer,
-    learn_layout,
-    render,
-    require_chat_tokenizer,
-    template_digest,
-)
+from tl_persona.templates import ChatTokenizer, require_chat_tokenizer, template_digest
 
 __all__ = [
     "FOLD_SEPARATOR",
@@ -50,7 +45,8 @@ class Prompt:
         spans: Where system prompt, question and answer lie.
         offset_mapping: For each token its half-open character range in `prompt_text`.
         input_ids: Token ids, shape (pos,).
-        is_special: True at the tokenizer's special tokens, shape (pos,).
+        is_special: True at control tokens, shape (pos,): the tokenizer's special tokens, and those it was given without
+            marking them special that the template itself writes, such as DeepSeek's role tokens.
         proof: How the spans were found, and what the template made of the contents.
     """
 
@@ -175,24 +171,24 @@ def _conversation(sample_id: str, messages: Sequence[Mapping[str, Any]]) -> _Con
 def _prepare(
     tokenizer: Any, conversations: Sequence[_Conversation], template_kwargs: Mapping[str, Any] | None
 ) -> list[Prompt]:
-    renderer = _Renderer(require_chat_tokenizer(tokenizer), dict(template_kwargs or {}))
-    rendered = []
+    reader = ChatReader(require_chat_tokenizer(tokenizer), dict(template_kwargs or {}))
+    renderings = []
     for conversation in conversations:
         _refuse_unusable(conversation)
         try:
-            rendered.append(renderer.render(conversation))
+            renderings.append(reader.read(conversation.roles, conversation.contents))
         except PromptError as error:
             raise PromptError(f"sample {conversation.sample_id!r}: {error}") from error
-    if not rendered:
+    if not renderings:
         return []
-    texts = [text for _, text, _ in rendered]
+    texts = [rendering.text for rendering in renderings]
     encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
     aligner = TokenAligner(tokenizer)
     digest = template_digest(tokenizer, template_kwargs)
     encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     return [
-        _assemble(conversation, *parts, ids, offsets, aligner, digest)
-        for conversation, parts, (ids, offsets) in zip(conversations, rendered, encoded, strict=True)
+        _assemble(conversation, rendering, ids, offsets, aligner, digest)
+        for conversation, rendering, (ids, offsets) in zip(conversations, renderings, encoded, strict=True)
     ]
 
 
@@ -206,49 +202,17 @@ def _refuse_unusable(conversation: _Conversation) -> None:
             raise PromptError(f"{what} holds half of a surrogate pair, which is no text: read the file as UTF-8")
 
 
-class _Renderer:
-    """Renders conversations, learning the template's layout once for each sequence of roles."""
-
-    def __init__(self, tokenizer: ChatTokenizer, kwargs: Mapping[str, Any]) -> None:
-        self._tokenizer = tokenizer
-        self._kwargs = kwargs
-        self._layouts: dict[tuple[str, ...], ChatLayout] = {}
-
-    def render(self, conversation: _Conversation) -> tuple[ChatLayout, str, tuple[CharRange, ...]]:
-        """The layout, the rendering, and where it has each content.
-
-        Raises:
-            PromptError: They cannot be had for certain.
-        """
-        _, roles, contents = conversation
-        if roles not in self._layouts:
-            self._layouts[roles] = learn_layout(self._tokenizer, roles, self._kwargs)
-        layout = self._layouts[roles]
-        text = render(self._tokenizer, layout.messages(contents), self._kwargs)
-        try:
-            return layout, text, layout.locate(contents, text)
-        except PromptError:
-            # A template that writes the date or time has another layout after midnight.
-            layout = learn_layout(self._tokenizer, roles, self._kwargs)
-            if layout == self._layouts[roles]:
-                raise
-            self._layouts[roles] = layout
-        text = render(self._tokenizer, layout.messages(contents), self._kwargs)
-        return layout, text, layout.locate(contents, text)
-
-
 def _assemble(
     conversation: _Conversation,
-    layout: ChatLayout,
-    text: str,
-    char_ranges: Sequence[CharRange],
+    rendering: Rendering,
     ids: Sequence[int],
     offsets: Sequence[tuple[int, int]],
     aligner: TokenAligner,
     digest: str,
 ) -> Prompt:
     id_row, offset_rows = np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    special = aligner.special(text, id_row, offset_rows)
+    layout, text, char_ranges = rendering
+    special = aligner.special(text, id_row, offset_rows, layout.segments)
     spans, contents = {}, []
     for index, (char_range, content) in enumerate(zip(char_ranges, conversation.contents, strict=True)):
         name = conversation.name(index)
@@ -257,8 +221,7 @@ def _assemble(
         except PromptError as error:
             raise PromptError(f"sample {conversation.sample_id!r}: the {_SPOKEN.get(name, name)} {error}") from error
         added = aligner.added_tokens(spans[name], id_row)
-        change = _change(layout.trims[index], content, text[slice(*char_range)])
-        contents.append(ContentProof(name, char_range, change, added))
+        contents.append(ContentProof(name, char_range, change_of(content, text[slice(*char_range)]), added))
     return Prompt(
         sample_id=conversation.sample_id,
         question=conversation.contents[conversation.question],
@@ -269,9 +232,3 @@ def _assemble(
         is_special=torch.from_numpy(special),
         proof=SpanProof(tuple(contents), layout.segments, layout.folded, digest),
     )
-
-
-def _change(trim: Trim, content: str, now: str) -> Change:
-    if now == content:
-        return Change.KEPT
-    return Change.TRIMMED if now == trim.apply(content) else Change.CUT

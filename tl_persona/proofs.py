@@ -17,6 +17,18 @@ class Change(StrEnum):
     CUT = "cut"
 
 
+def change_of(content: str, kept: str) -> Change:
+    """What was done to a content of which `kept` is left.
+
+    Example:
+        >>> [str(change_of("a b ", kept)) for kept in ("a b ", "a b", "b")]
+        ['kept', 'trimmed', 'cut']
+    """
+    if kept == content:
+        return Change.KEPT
+    return Change.TRIMMED if kept.strip() == content.strip() else Change.CUT
+
+
 @dataclass(frozen=True)
 class ContentProof:
     """One content of a chat, as it stands in the rendering.
@@ -25,9 +37,9 @@ class ContentProof:
         name: `template`, `question`, `response`, or `message 2` and the like for an earlier turn.
         char_range: Where it stands, a half-open range of characters.
         change: Whether the template kept it, stripped white space from its ends, or cut more than that (a think block,
-            say), in which case what is left was located as the only possible reading of the rendering.
-        added_tokens: Entries that were added to the vocabulary, are not marked special, and stand in the content:
-            `<think>` in some tokenizers. The model reads such a text as one token.
+            say). What is left was seen in renderings with markers in the place of the contents beside it.
+        added_tokens: Entries that were added to the vocabulary, are not marked special, are not written by the
+            template, and stand in the content: `<think>` with some. The model reads such a text as one token.
     """
 
     name: str
@@ -56,10 +68,7 @@ class SpanProof:
 
     @property
     def exact(self) -> bool:
-        """True where the rendering is what the template wrote and the trimmed contents, character for character.
-
-        False where the template cut a content, and one reading of the rendering was possible.
-        """
+        """True where the template cut no content: it kept all of them, white space at their ends aside."""
         return all(content.change is not Change.CUT for content in self.contents)
 
     @property

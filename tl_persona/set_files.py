@@ -1,37 +1,37 @@
 """The folder of a set of steering vectors: a file a layer, and `metadata.json`, which says which belong.
 
-The folder holds the older set or the newer one at any instant, whole: what is to be saved waits under names of its own
-until `metadata.json` asks for it. Sets of rotalabs-steer are read too.
+The folder holds the older set or the newer one at any instant, whole: what is to be saved waits in a folder of its own
+until `metadata.json` asks for it. Sets of rotalabs-steer are read too. Nothing is read or written through a link that
+leads out of the folder.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError
-from tl_persona.files import TEMPORARY_PREFIX, make_folder, reason, write_atomically
+from tl_persona.files import fsync_folder, make_folder, present, reason, refuse_outside, write_atomically
 from tl_persona.locks import locked
-from tl_persona.vector_files import (
-    FORMAT_VERSION,
-    SUFFIX,
-    Fields,
-    check_version,
-    converted,
-    decode,
-    parsed_json,
-    read_bytes,
-    read_rotalabs,
-)
+from tl_persona.rotalabs_files import read_rotalabs
+from tl_persona.vector_files import FORMAT_VERSION, SUFFIX, check_version, decode
+from tl_persona.vector_reading import Fields, converted, parsed_json, read_bytes
 
 SET_FORMAT = "tl_persona.steering_vector_set"
 SET_FILE = "metadata.json"
 LOCK = ".set.lock"
-WAITING_PREFIX = ".next-"
+WAITING = ".set.next"
+"""Only who holds the lock writes there, so all that is in it can be removed by who takes the lock next."""
+
 _ATTEMPTS = 100
 """How often a set is read again that was replaced meanwhile."""
+
+
+_Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class _Metadata(msgspec.Struct):
@@ -39,7 +39,7 @@ class _Metadata(msgspec.Struct):
     layers: list[int]
     format: str | None = None
     format_version: str | None = None
-    sha256: dict[str, str] = {}
+    sha256: dict[str, _Digest] = {}
 
 
 def write_set(folder: Path, behavior: str, model_name: str | None, files: Mapping[int, bytes]) -> None:
@@ -59,16 +59,21 @@ def write_set(folder: Path, behavior: str, model_name: str | None, files: Mappin
     }
     make_folder(folder)
     with locked(folder / LOCK):
+        refuse_outside(folder / WAITING, folder)
+        make_folder(folder / WAITING)
         for layer, data in files.items():
             write_atomically(_waiting(folder, digests[str(layer)]), data)
-        write_atomically(folder / SET_FILE, f"{json.dumps(metadata, indent=1)}\n".encode())
+        write_atomically(folder / WAITING / SET_FILE, f"{json.dumps(metadata, indent=1)}\n".encode())
+        try:
+            (folder / WAITING / SET_FILE).replace(folder / SET_FILE)
+            fsync_folder(folder)
+        except OSError as error:
+            raise StoreError(f"cannot replace {folder / SET_FILE}: {reason(error)}") from error
         try:
             for layer in files:
                 # Layers with the same bytes cannot be: a file says which layer it is of.
                 _waiting(folder, digests[str(layer)]).replace(_file(folder, layer))
-            for path in folder.iterdir():
-                if path.name.startswith((WAITING_PREFIX, TEMPORARY_PREFIX)):  # of a save that was killed
-                    path.unlink(missing_ok=True)
+            shutil.rmtree(folder / WAITING)
         except OSError as error:
             raise StoreError(f"cannot tidy up {folder}: {reason(error)}; the set itself is saved") from error
 
@@ -79,9 +84,9 @@ def read_set(folder: Path) -> tuple[str, list[tuple[int, Fields, Path]]]:
     Raises:
         NotStoredError: The folder holds no set, or a layer's file is gone.
         CorruptFileError: A file is damaged, or not the one that was saved with this set.
-        StoreError: A later version of this package wrote it.
+        StoreError: A later version of this package wrote it, a file cannot be read, or a link leads out of the folder.
     """
-    source = folder / SET_FILE
+    source = _inside(folder, folder / SET_FILE)
     for _ in range(_ATTEMPTS):
         metadata = read_bytes(source)
         try:
@@ -99,8 +104,8 @@ def _decoded(folder: Path, metadata: bytes) -> tuple[str, list[tuple[int, Fields
     if len(set(found.layers)) < len(found.layers):
         raise CorruptFileError(f"{source}: names a layer twice")
     if found.format is None:
-        pairs = [(layer, folder / f"layer_{layer}.pt") for layer in found.layers]
-        return found.behavior, [(layer, read_rotalabs(pt.with_suffix(".json"), pt), pt) for layer, pt in pairs]
+        pairs = [(layer, *_pair(folder, layer)) for layer in found.layers]
+        return found.behavior, [(layer, read_rotalabs(text, tensor), tensor) for layer, text, tensor in pairs]
     check_version(found.format, found.format_version, SET_FORMAT, source)
     files = [(layer, _file(folder, layer)) for layer in found.layers]
     return found.behavior, [
@@ -113,12 +118,12 @@ def _read_layer(file: Path, digest: str) -> bytes:
     waiting = _waiting(file.parent, digest)
     for path in (file, waiting, file):  # it may have been moved in between
         try:
-            data = read_bytes(path)
+            data = read_bytes(_inside(file.parent, path))
         except NotStoredError:
             continue
         if hashlib.sha256(data).hexdigest() == digest:
             return data
-    if not file.exists():
+    if not present(file):
         raise NotStoredError(f"{file}: there is no such file, though {SET_FILE} names it: save the set again")
     raise CorruptFileError(f"{file} is not the file saved with {file.with_name(SET_FILE)}: save the set again")
 
@@ -128,4 +133,14 @@ def _file(folder: Path, layer: int) -> Path:
 
 
 def _waiting(folder: Path, digest: str) -> Path:
-    return folder / f"{WAITING_PREFIX}{digest[:16]}{SUFFIX}"
+    return folder / WAITING / f"{digest}{SUFFIX}"
+
+
+def _pair(folder: Path, layer: int) -> tuple[Path, Path]:
+    text, tensor = (_inside(folder, folder / f"layer_{layer}{suffix}") for suffix in (".json", ".pt"))
+    return text, tensor
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    refuse_outside(path, folder)
+    return path

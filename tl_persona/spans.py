@@ -6,7 +6,9 @@ characters of its own belongs to it where it lies between two tokens that do. Th
 right is checked by decoding the tokens. Character ranges come from `layout`; masks are built in `masks`.
 """
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
 
@@ -74,19 +76,29 @@ class TokenAligner:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
-        self._special_ids = np.array(sorted(special), dtype=np.int64)
-        self._checked: set[tuple[str, bytes]] = set()
+        self._special_ids = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        self._control_ids: dict[tuple[str, ...], np.ndarray] = {}
+        self._checked: set[tuple[str, str, str, bytes]] = set()
         # Others lower-case, normalize or have unknown words: what they decode to is compared after the same loss.
         self._keeps_text = self._decode(self._encode(_PROBE)) == _PROBE
         composed = self._decode(self._encode(_COMPOSABLE))
         forms = (form for form in _FORMS if self._keeps_text and composed == normalize(form, _COMPOSABLE))
         self._form = next(forms, None)
-        self._added = {index: token.content for index, token in added.items() if not token.special}
+        # Runs of white space, which some tokenizers add too, are text wherever they stand.
+        unmarked = {index: token.content for index, token in added.items() if not token.special}
+        self._added = {index: token for index, token in unmarked.items() if token.strip()}
 
-    def special(self, text: str, ids: Int[np.ndarray, "token"], offsets: Offsets) -> Bool[np.ndarray, "token"]:
-        """Which tokens are control tokens. The unknown token is one only where the text spells it out."""
-        special = np.isin(ids, self._special_ids)
+    def special(
+        self, text: str, ids: Int[np.ndarray, "token"], offsets: Offsets, written: tuple[str, ...]
+    ) -> Bool[np.ndarray, "token"]:
+        """Which tokens are control tokens: special ones, and added ones that stand in what the template has written.
+
+        The unknown token is one only where the text spells it out.
+        """
+        if written not in self._control_ids:
+            roles = {index for index, token in self._added.items() if any(token in piece for piece in written)}
+            self._control_ids[written] = np.array(sorted(self._special_ids | roles), dtype=np.int64)
+        special = np.isin(ids, self._control_ids[written])
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         if unknown is not None:
             for index in np.flatnonzero(ids == unknown):
@@ -147,34 +159,35 @@ class TokenAligner:
             PromptError: They do not, even allowing for what the tokenizer normalizes.
         """
         own_ids, own_offsets = ids[span.token_start : span.token_end], offsets[span.token_start : span.token_end]
-        end = own_offsets[:, 1].max()
-        covered = text[own_offsets[:, 0].min() : end if self._form is None else max(end, span.char_end)]
-        key = (covered, own_ids.tobytes())  # the persona of a run is the same in every sample
+        start, end = own_offsets[:, 0].min(), own_offsets[:, 1].max()
+        if self._form is not None:  # a mark at an edge may have no range of its own
+            start, end = min(start, span.char_start), max(end, span.char_end)
+        before, own, behind = (
+            self._composed(text[left:right]) for left, right in pairwise((start, span.char_start, span.char_end, end))
+        )
+        covered = self._composed(text[start:end])
+        key = (before, own, behind, own_ids.tobytes())  # the persona of a run is the same in every sample
         if key in self._checked:
             return
         decoded = self._decode(own_ids.tolist())
-        claimed, covered = self._composed(text[span.char_start : span.char_end]), self._composed(covered)
         if "\ufffd" in decoded and "\ufffd" not in covered:
             # Bytes of a broken character: of the one beyond the border, or of one the vocabulary cannot spell.
-            same = claimed in decoded
+            same = re.fullmatch(f" *{_broken(before, 0)}{re.escape(own)}{_broken(behind, -1)} *", decoded) is not None
         elif self._keeps_text:
             same = decoded.strip(" ") == covered.strip(" ")  # prefix spaces come and go, with trimmed offsets too
         else:
             same = _squeezed(decoded) == _squeezed(self._decode(self._encode(covered)))
         if not same:
             raise PromptError(
-                f"is {_short(claimed)}, but its tokens decode to {_short(decoded)}: the tokenizer has no tokens for "
+                f"is {_short(own)}, but its tokens decode to {_short(decoded)}: the tokenizer has no tokens for "
                 "some of its characters, or gives wrong offsets: change the text or the tokenizer"
             )
         self._checked.add(key)
 
     def added_tokens(self, span: Span, ids: Int[np.ndarray, "token"]) -> tuple[str, ...]:
-        """Entries among a span's tokens that were added to the vocabulary without being marked special.
-
-        Runs of white space, which some tokenizers add too, are left out.
-        """
-        found = (self._added.get(index, "") for index in ids[span.token_start : span.token_end].tolist())
-        return tuple(dict.fromkeys(token for token in found if token.strip()))
+        """Entries among a span's tokens that were added to the vocabulary without being marked special."""
+        found = (self._added.get(index) for index in ids[span.token_start : span.token_end].tolist())
+        return tuple(dict.fromkeys(token for token in found if token))
 
     def _composed(self, text: str) -> str:
         """A text in the normal form that this tokenizer brings texts into, if it keeps them otherwise."""
@@ -236,6 +249,14 @@ def check_spans(
         if aligner is not None:
             aligner.check_decoding(text, span, ids, offsets)
         before = span
+
+
+def _broken(text: str, outermost: int) -> str:
+    """A pattern for a text of whose outermost character there may be only some bytes, which decode to no character."""
+    if not text:
+        return ""
+    edge = f"(?:{re.escape(text[outermost])}|\ufffd{{1,3}})"
+    return edge + re.escape(text[1:]) if outermost == 0 else re.escape(text[:-1]) + edge
 
 
 def _squeezed(text: str) -> str:

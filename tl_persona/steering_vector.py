@@ -26,7 +26,8 @@ from tl_persona.models import HookedModel, source_of
 from tl_persona.provenance import Provenance
 from tl_persona.steering import Intervention, Mode, attach, project
 from tl_persona.steering_positions import Positions
-from tl_persona.vector_files import Fields, encode, flaw_of, own_path, read_vector
+from tl_persona.vector_files import encode, flaw_of, own_path, read_vector
+from tl_persona.vector_reading import Fields
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -233,7 +234,7 @@ class SteeringVector(Shown):
         Raises:
             NotStoredError: There is neither kind of file.
             CorruptFileError: The file is truncated or altered, or holds something else.
-            StoreError: A later version of this package wrote it.
+            StoreError: It cannot be read, or a later version of this package wrote it.
         """
         return built(*read_vector(Path(path)))
 

@@ -22,7 +22,8 @@ from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_
 from tl_persona.description import ArtifactDescription as ArtifactDescription
 from tl_persona.description import describe as describe
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
-from tl_persona.files import make_folder, model_folder_name, refuse_outside, safe_component, write_atomically
+from tl_persona.files import is_folder, make_folder, refuse_outside, write_atomically
+from tl_persona.names import model_folder_name, safe_component
 from tl_persona.provenance import Provenance
 from tl_persona.samples import BASELINE_PERSONA_ID
 from tl_persona.store_hub import StoreHub
@@ -280,7 +281,7 @@ class PersonaVectorStore(StoreTables, StoreHub):
             StoreError: It cannot be read or written.
         """
         folder = self._folder(prompt_variant, mask_strategy)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise NotStoredError(f"nothing is stored in {folder}; extract it first")
         with self._writing(folder):
             return list(manifest.rewrite(folder, trust=False).personas)

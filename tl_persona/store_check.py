@@ -16,11 +16,13 @@ from tl_persona.agreement import SharedFacts, disagreements, facts_of_header
 from tl_persona.artifact_check import Kind, Problem, check_persona_file, check_steering_file, intact_header
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, format_of, read_bytes
 from tl_persona.errors import CorruptFileError, InputError, NonFiniteError, NotStoredError, StoreError
-from tl_persona.files import free_name, fsync_folder, model_folder_name, reason, refuse_outside
+from tl_persona.files import free_name, fsync_folder, is_folder, present, reason, refuse_outside
 from tl_persona.manifest_check import flaws_of_index
 from tl_persona.manifest_files import MANIFEST
+from tl_persona.names import model_folder_name
 
 SET_FILE = "metadata.json"
+_READ = (SUFFIX, ".json", ".pt")
 _STEERING_FORMAT = "tl_persona.steering_vector"  # As `vector_files` writes it, which needs torch to be imported.
 
 
@@ -68,7 +70,7 @@ def check_saved(
         (['index'], ())
     """
     root = Path(path).expanduser()
-    if not os.path.lexists(root):
+    if not present(root):
         raise NotStoredError(f"nothing is stored at {root}")
     check = _Check(root, on_progress)
     check.run()
@@ -97,7 +99,7 @@ class _Check:
         self._done = self._total = 0
 
     def run(self) -> None:
-        if not self.root.is_dir():
+        if not is_folder(self.root):
             self._file(self.root)
             return
         folders = dict(self._walk())
@@ -110,7 +112,7 @@ class _Check:
             for file in steering:
                 self._file(file)
             personas = [file for file in files if file not in steering]
-            if personas or (folder / MANIFEST).exists():
+            if personas or os.path.lexists(folder / MANIFEST):
                 self._persona_folder(folder, personas)
 
     def repair(self) -> None:
@@ -143,10 +145,11 @@ class _Check:
         for name, folders, files in os.walk(self.root, onerror=refuse):
             folder = Path(name)
             folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
-            named = [folder / file for file in sorted(files) if file.endswith(SUFFIX) and not file.startswith(".")]
-            links = [path for path in [folder / entry for entry in folders] + named if path.is_symlink()]
-            outside = {path for path in links if self._leads_outside(path)}
-            yield folder, [file for file in named if file not in outside]
+            read = [folder / file for file in sorted(files) if file.endswith(_READ) and not file.startswith(".")]
+            links = [path for path in [folder / entry for entry in folders] + read if os.path.islink(path)]
+            # Of a manifest that is a link, the check of the index says so.
+            outside = {path for path in links if path.name != MANIFEST and self._leads_outside(path)}
+            yield folder, [path for path in read if path.suffix == SUFFIX and path not in outside]
 
     def _leads_outside(self, link: Path) -> bool:
         try:
@@ -196,9 +199,9 @@ class _Check:
             if computed != folder:
                 self._problem(file, "provenance", f"it lies under the {what} {folder!r}, but is of {computed!r}")
 
-    def _check_index(self, folder: Path, headers: dict[str, ArtifactHeader], present: set[str]) -> None:
+    def _check_index(self, folder: Path, headers: dict[str, ArtifactHeader], found: set[str]) -> None:
         try:
-            flaws = flaws_of_index(folder, headers, present)
+            flaws = flaws_of_index(folder, headers, found)
         except StoreError as error:
             self._problem(folder / MANIFEST, "unreadable", str(error))
             return
@@ -210,7 +213,7 @@ class _Check:
 
         for file in files:
             self._file(file)
-        if any(problem.path in files for problem in self.problems):
+        if any(problem.path.parent == folder for problem in self.problems):
             return
         try:
             loaded = SteeringVectorSet.load(folder)
@@ -241,7 +244,7 @@ class _Check:
 
 
 def _is_set(folder: Path) -> bool:
-    return (folder / SET_FILE).exists() and not (folder / MANIFEST).exists()
+    return os.path.lexists(folder / SET_FILE) and not os.path.lexists(folder / MANIFEST)
 
 
 def _is_steering(path: Path) -> bool:

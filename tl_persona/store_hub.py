@@ -16,9 +16,10 @@ from tl_persona.artifact_header import SUFFIX, read_header
 from tl_persona.errors import InputError, NotStoredError
 from tl_persona.export.cards import store_card
 from tl_persona.export.repositories import CARD, pull_files, push_files
-from tl_persona.files import model_folder_name, safe_component
+from tl_persona.files import folders_below, refuse_outside
 from tl_persona.manifest_files import MANIFEST
 from tl_persona.merging import merge_stores
+from tl_persona.names import model_folder_name, safe_component
 from tl_persona.provenance import Provenance
 
 _Store = TypeVar("_Store", bound="StoreHub")
@@ -72,7 +73,8 @@ class StoreHub(ABC):
         files: dict[str, Path | bytes] = {}
         folders = []
         provenance: Provenance | None = None
-        for folder in sorted(path for path in root.glob("*/*") if path.is_dir()):
+        refuse_outside(root, self.root_dir)
+        for folder in folders_below(root, 2, self.root_dir):
             index = manifest.read_index(folder)
             if index.shape is None:
                 continue

@@ -1,8 +1,8 @@
 """Learns what a chat template writes around the contents of messages.
 
-The template is rendered once with unique markers as contents, which gives the fixed segments around them, and a few
-times with white space beside the markers, which shows what it trims. Reading a real rendering with what was learned is
-`layout`'s work, tokens are `spans`', and turning samples into messages is `prompts`'.
+The template is rendered once with unique markers as contents, which gives the fixed segments around them. Reading real
+renderings with what was learned is `reading`'s work, tokens are `spans`', and turning samples into messages is
+`prompts`'.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import ChatLayout, Trim, as_messages
+from tl_persona.layout import ChatLayout, as_messages, markers
 
 
 @runtime_checkable
@@ -76,7 +76,6 @@ _RESERVED = {
     *("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "padding", "truncation"),
     *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-_EDGES = (" ", "\n", "\t", "\u2003")  # an em space stands for what only a full str.strip removes
 
 
 def learn_layout(
@@ -100,20 +99,19 @@ def learn_layout(
     _template_in_use(tokenizer, kwargs)
     roles = tuple(roles)
     foldable = roles[:2] == ("system", "user")
-    problems = []
+    marks, problems = markers(roles), []
     for folded in (False, True) if foldable else (False,):
         manner = "with the system prompt inside the user turn" if folded else f"as {', '.join(roles)} messages"
         try:
-            rendered = render(tokenizer, as_messages(roles, _markers(roles), folded=folded), kwargs)
+            rendered = render(tokenizer, as_messages(roles, marks, folded=folded), kwargs)
         except PromptError as error:
             problems.append(f"{manner}: {error}")
             continue
-        found = _cut(rendered, _markers(roles))
+        found = _cut(rendered, marks)
         if found is not None and _is_usable(found.order, roles):
-            trims = _learn_trims(tokenizer, roles, found, folded, kwargs)
-            return ChatLayout(roles, found.order, found.segments, trims, folded)
+            return ChatLayout(roles, found.order, found.segments, folded)
         problems.append(f"{manner}: contents are missing, repeated, altered or moved")
-        if _markers(roles)[0] in rendered:
+        if marks[0] in rendered:
             break  # the template does take the system message: to fold it would change what the model reads
     raise PromptError(
         f"no fixed structure around the contents could be read from the chat template ({'; '.join(problems)}): "
@@ -133,12 +131,6 @@ def render(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, str]], kwar
         raise PromptError(f"the chat template raised {type(error).__name__}: {error}") from error
 
 
-def _markers(roles: Sequence[str]) -> tuple[str, ...]:
-    # Letters only: no template has a reason to trim, escape or split them. No marker is part of another.
-    digits = str.maketrans("0123456789", "abcdefghij")
-    return tuple(f"QzvX{role}{str(index).translate(digits)}XvzQ" for index, role in enumerate(roles))
-
-
 class _Cut(NamedTuple):
     """A rendering cut at its markers: their order in the text, and what stands around them."""
 
@@ -146,14 +138,14 @@ class _Cut(NamedTuple):
     segments: tuple[str, ...]
 
 
-def _cut(rendered: str, markers: Sequence[str]) -> _Cut | None:
+def _cut(rendered: str, marks: Sequence[str]) -> _Cut | None:
     """The rendering cut at its markers, or None unless each occurs once."""
-    if any(rendered.count(marker) != 1 for marker in markers):
+    if any(rendered.count(mark) != 1 for mark in marks):
         return None
-    order = tuple(sorted(range(len(markers)), key=lambda index: rendered.index(markers[index])))
+    order = tuple(sorted(range(len(marks)), key=lambda index: rendered.index(marks[index])))
     segments, rest = [], rendered
     for index in order:
-        before, _, rest = rest.partition(markers[index])
+        before, _, rest = rest.partition(marks[index])
         segments.append(before)
     return _Cut(order, (*segments, rest))
 
@@ -165,24 +157,3 @@ def _is_usable(order: Sequence[int], roles: Sequence[str]) -> bool:
     return turns == sorted(turns) and all(
         order.index(index) < order.index(question) for index, role in enumerate(roles) if role == "system"
     )
-
-
-def _learn_trims(
-    tokenizer: ChatTokenizer, roles: tuple[str, ...], plain: _Cut, folded: bool, kwargs: Mapping[str, Any]
-) -> tuple[Trim, ...]:
-    """What is stripped from each content, seen from one white-space character at one end of every marker."""
-    stripped: list[tuple[list[str], list[str]]] = [([], []) for _ in roles]
-    for edge in _EDGES:
-        for side in (0, 1):
-            contents = [edge + marker if side == 0 else marker + edge for marker in _markers(roles)]
-            try:
-                found = _cut(render(tokenizer, as_messages(roles, contents, folded=folded), kwargs), _markers(roles))
-            except PromptError:
-                continue  # refused with this white space: a sample that has it is refused by name
-            if found is None or found.order != plain.order:
-                continue
-            for place, index in enumerate(plain.order):
-                # Before a content lies the segment of its own place, after it the next.
-                if found.segments[place + side] == plain.segments[place + side]:
-                    stripped[index][side].append(edge)
-    return tuple(Trim(*(None if len(marks) == len(_EDGES) else "".join(marks) for marks in pair)) for pair in stripped)

@@ -1,16 +1,14 @@
 """The files of steering vectors: bytes from what a vector says of itself, and back, nothing trusted unread.
 
-A vector is one safetensors file whose header says what it is; folders of them are the work of `set_files`. The `.json`
-+ `.pt` pairs of rotalabs-steer are read too; writing them is the work of `export.peers`, and making vectors of what was
-read that of `steering_vector`.
+A vector is one safetensors file whose header says what it is; folders of them are the work of `set_files`, pairs of
+rotalabs-steer that of `rotalabs_files`, and making vectors of what was read that of `steering_vector`.
 """
 
 import hashlib
-import io
 import json
-import zipfile
 from pathlib import Path
-from typing import Any, TypeVar
+from reprlib import repr as shown
+from typing import Any
 
 import msgspec
 import safetensors
@@ -20,25 +18,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
-from tl_persona.files import read_regular, reason
+from tl_persona.files import is_folder, present
 from tl_persona.provenance import Provenance
+from tl_persona.rotalabs_files import read_rotalabs
+from tl_persona.vector_reading import Fields, converted, parsed_json, read_bytes
 
 FORMAT = "tl_persona.steering_vector"
 FORMAT_VERSION = "1"
 SUFFIX = ".safetensors"
 
-_T = TypeVar("_T")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of a vector; torch does not calculate with shorter floats."""
 
-Fields = dict[str, Any]
-"""The arguments of a `SteeringVector` by name."""
-
-
-class _RotalabsMetadata(msgspec.Struct):
-    behavior: str
-    layer_index: int
-    model_name: str
-    extraction_method: str = "caa"
-    metadata: dict[str, Any] = {}
+_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")
 
 
 class _Header(msgspec.Struct, kw_only=True):
@@ -67,7 +59,7 @@ def flaw_of(vector: object) -> str | None:
         return f"got {type(vector).__name__}"
     if vector.layout != torch.strided or vector.device.type == "meta":
         return f"got a {vector.layout} tensor on {vector.device}"
-    if vector.ndim != 1 or not vector.numel() or not vector.is_floating_point():
+    if vector.ndim != 1 or not vector.numel() or vector.dtype not in _DTYPES:
         return f"got {vector.dtype} of shape {tuple(vector.shape)}"
     return None
 
@@ -117,7 +109,7 @@ def contents_of(vector: Any, label: str) -> str:
     try:
         fields["provenance"] = None if vector.provenance is None else msgspec.to_builtins(vector.provenance)
         return json.dumps(fields, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{label}: its metadata or provenance has no JSON form: {error}") from error
 
 
@@ -137,28 +129,17 @@ def read_vector(path: Path) -> tuple[Fields, Path]:
     Raises:
         NotStoredError: There is neither kind of file.
         CorruptFileError: The file is truncated or altered, or holds something else.
-        StoreError: A later version of this package wrote it.
+        StoreError: It cannot be read, or a later version of this package wrote it.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise NotStoredError(f"{path} is a folder; read a set of vectors with SteeringVectorSet.load")
     own = own_path(path)
-    if own.exists() or path.suffix == SUFFIX:
+    if path.suffix == SUFFIX or present(own):
         return decode(read_bytes(own), own), own
     pair = path.with_suffix(".json"), path.with_suffix(".pt")
-    if not any(file.exists() for file in pair):
+    if not any(map(present, pair)):
         raise NotStoredError(f"{path}: no steering vector is there: neither {own.name} nor {pair[0].name}")
     return read_rotalabs(*pair), pair[1]
-
-
-def holds_vector(path: Path) -> bool:
-    """Whether a file says that it holds a steering vector; the rest of it may still be damaged."""
-    if path.suffix in (".pt", ".json"):
-        return True
-    try:
-        with safetensors.safe_open(path, "pt") as opened:
-            return (opened.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
-        return False
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -177,93 +158,22 @@ def decode(data: bytes, source: Path) -> Fields:
         StoreError: A later version of this package wrote them.
     """
     try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        tensors = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call, unused-ignore]
+    except SafetensorError as error:
         raise CorruptFileError(f"{source}: not a whole safetensors file: {error}") from error
     texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     check_version(texts.get("format"), texts.get("format_version"), FORMAT, source)
     header = converted(texts, _Header, source)
-    tensor = tensors.get("vector")
-    flaw = flaw_of(tensor)
-    if tensor is None or flaw is not None:
-        raise CorruptFileError(f"{source}: {flaw}; it should hold one non-empty, 1-D floating-point tensor")
+    found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in tensors.items()}
+    dtype, shape = found.get("vector", (None, []))
+    if len(found) != 1 or dtype not in _DTYPE_NAMES or len(shape) != 1 or not shape[0]:
+        raise CorruptFileError(f"{source}: holds {shown(found)}, not one 'vector', non-empty, 1-D and floating-point")
+    tensor = safetensors.torch.load(data)["vector"]  # not earlier: torch cannot count up to every shape
     if tensor_digest(tensor) != header.sha256:
         raise CorruptFileError(f"{source}: the vector does not fit its checksum: the file was altered")
     if hashlib.sha256(header.contents.encode()).hexdigest() != header.contents_sha256:
         raise CorruptFileError(f"{source}: the header does not fit its checksum: the file was altered")
     return fields_of(header.contents, tensor, source)
-
-
-def read_rotalabs(metadata: Path, tensor: Path) -> Fields:
-    """What a pair of files of rotalabs-steer holds; nothing but a tensor is unpickled.
-
-    Raises:
-        NotStoredError: One of them is gone.
-        CorruptFileError: They hold something else.
-    """
-    found = converted(parsed_json(read_bytes(metadata), metadata), _RotalabsMetadata, metadata)
-    if not tensor.exists():
-        raise NotStoredError(f"{tensor}: there is no such file, though {metadata.name} is there")
-    data = read_bytes(tensor)
-    try:
-        _refuse_swollen(data)
-        vector = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken pickle raises whatever its bytes lead to
-        raise CorruptFileError(f"{tensor}: holds no plain tensor: {error}") from error
-    flaw = flaw_of(vector)
-    if flaw is None and not vector.is_contiguous():
-        flaw = "got a view that claims more numbers than it stores"
-    if flaw is not None:
-        raise CorruptFileError(f"{tensor}: {flaw}; it should hold one non-empty, 1-D floating-point tensor")
-    fields = {name: getattr(found, name) for name in _RotalabsMetadata.__struct_fields__}
-    return {**fields, "vector": vector}
-
-
-def _refuse_swollen(data: bytes) -> None:
-    """Torch writes its archives uncompressed; a compressed one can unfold to any size, and an older format too."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
-                raise ValueError(f"its entry {entry.filename!r} is compressed, or longer than the file")
-
-
-def read_bytes(path: Path) -> bytes:
-    """All of a regular file.
-
-    Raises:
-        NotStoredError: There is none.
-        StoreError: It cannot be read.
-    """
-    try:
-        return read_regular(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotStoredError(f"{path}: there is no such file") from error
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {reason(error)}") from error
-
-
-def parsed_json(data: bytes, source: Path) -> Any:
-    """Any JSON.
-
-    Raises:
-        CorruptFileError: It is none.
-    """
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{source}: not JSON: {error}") from error
-
-
-def converted(data: Any, kind: type[_T], source: Path) -> _T:
-    """Parsed JSON as a type.
-
-    Raises:
-        CorruptFileError: It does not fit.
-    """
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        raise CorruptFileError(f"{source}: not what is expected there: {error}") from error
 
 
 def check_version(format_: object, version: object, expected: str, source: Path) -> None:

@@ -198,7 +198,8 @@ class SteeringVectorSet(SetExports, Shown):
         Raises:
             NotStoredError: The folder holds no set, or a layer's file is gone.
             CorruptFileError: A file is damaged, or not the one that was saved with this set.
-            StoreError: A later version of this package wrote it.
+            StoreError: A later version of this package wrote it, a file cannot be read, or a link leads out of the
+                folder.
         """
         behavior, layers = read_set(Path(folder))
         vectors = cls(behavior)

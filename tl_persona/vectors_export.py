@@ -22,7 +22,7 @@ from tl_persona.steering_vector import SteeringVector, built
 from tl_persona.vector_files import SUFFIX
 
 _Set = TypeVar("_Set", bound="SetExports")
-_SET_FILES = re.compile(rf"{re.escape(SET_FILE)}|layer_\d{{1,9}}{re.escape(SUFFIX)}")
+_SET_FILES = re.compile(rf"{re.escape(SET_FILE)}|layer_[0-9]{{1,9}}{re.escape(SUFFIX)}")
 
 
 class SetExports(ABC):
@@ -98,7 +98,7 @@ class SetExports(ABC):
         Raises:
             NotStoredError: There is no such file.
             CorruptFileError: It is no control vector that llama.cpp would take, or was altered since it was written.
-            StoreError: A later version of this package wrote it.
+            StoreError: It cannot be read, or a later version of this package wrote it.
         """
         source = Path(path)
         vectors = [
@@ -212,7 +212,9 @@ class SetExports(ABC):
         )
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            files: dict[str, Path | bytes] = {path.name: path for path in Path(folder).iterdir()}
+            files: dict[str, Path | bytes] = {
+                path.name: path for path in Path(folder).iterdir() if _SET_FILES.fullmatch(path.name)
+            }
             return push_files(
                 repo_id,
                 "model",

@@ -9,6 +9,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import torch
 from persona_samples import long_persona_inputs
 from serve import serve
 
@@ -23,16 +24,18 @@ def kilobytes(counter: str) -> int:
     return int(line.split()[1])
 
 
-def answer(questions: int, layers: str | None) -> dict[str, Any]:
-    """Extracts once and tells how far the resident set rose."""
+def answer(questions: int, layers: str | None, output: str) -> dict[str, Any]:
+    """Extracts once, tells how far the resident set rose, and then writes the vectors."""
     inputs = long_persona_inputs(model.tokenizer, questions)
     extract_activations(model, inputs.ids[:2], inputs.masks[:2], layers=layers)  # buffers that every run needs
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = kilobytes("VmRSS")
-    extract_activations(model, inputs.ids, inputs.masks, layers=layers)
-    return {"bytes": 1024 * (kilobytes("VmHWM") - before)}
+    vectors = extract_activations(model, inputs.ids, inputs.masks, layers=layers)
+    peak = kilobytes("VmHWM")
+    torch.save(vectors, output)
+    return {"bytes": 1024 * (peak - before)}
 
 
 serve(answer)

@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from tl_persona.errors import InputError
+from tl_persona.files import is_folder
 from tl_persona.hooks import resolve_hooks
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
@@ -33,7 +34,7 @@ def run(arguments: Namespace) -> int:
 def _loaded(source: Path) -> SteeringVectorSet:
     if source.suffix == SUFFIX:
         return SteeringVectorSet.import_gguf(source)
-    if source.is_dir():
+    if is_folder(source):
         return SteeringVectorSet.load(source)
     vector = SteeringVector.load(source)
     return SteeringVectorSet(vector.behavior, [vector])

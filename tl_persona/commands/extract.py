@@ -29,23 +29,25 @@ def run(arguments: Namespace) -> int:
     personas = _personas(dataset, arguments, errors)
     if not personas:  # more shards than personas: no failure, and no reason to load a model
         return 0
-    # All questions and views are read before the model is loaded: a bad line costs seconds, not minutes.
-    questions = {persona.id: _questions(dataset, persona, arguments) for persona in personas}
-    if not arguments.skip_failed:
-        for persona in personas:
-            for variant in arguments.variants:
-                system_prompt(persona, variant)
+    # All questions and views are read before the model is loaded: a bad line costs seconds, not minutes. None are kept,
+    # for a large file takes more memory than its size; a persona's are read again when its turn comes.
+    for persona in personas:
+        _questions(dataset, persona, arguments)
+        for variant in () if arguments.skip_failed else arguments.variants:
+            system_prompt(persona, variant)
     name = find_checkpoint(arguments.model, arguments.revision).name
     model = load_for_backend(arguments, errors)
     results: list[tuple[Persona, ExtractionResult]] = []
     failed: list[str] = []
     with PersonaVectorStore(name, arguments.activations_dir, variants=arguments.variants) as store:
         for persona in personas:
+            # Outside the try: only a file that was changed since fails here, and that concerns every persona left.
+            questions = _questions(dataset, persona, arguments)
             try:
                 done = run_extraction(
                     model,
                     name,
-                    questions[persona.id],
+                    questions,
                     arguments.variants,
                     persona=persona,
                     mask_strategy=strategies,

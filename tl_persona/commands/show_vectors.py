@@ -6,13 +6,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tl_persona.vector_files import holds_vector
+from tl_persona.artifact_header import format_of
+from tl_persona.files import is_folder
+from tl_persona.vector_files import FORMAT
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 
 def is_steering(path: Path) -> bool:
-    """Whether a steering vector, or a set of them, is to be shown."""
-    return path.is_dir() or holds_vector(path)
+    """Whether a steering vector, or a set of them, is to be shown; what is there may be damaged.
+
+    Raises:
+        StoreError: The system will not say what is there.
+    """
+    return is_folder(path) or path.suffix in (".pt", ".json") or format_of(path) == FORMAT
 
 
 def show(path: Path, console: Console) -> None:
@@ -22,7 +28,7 @@ def show(path: Path, console: Console) -> None:
         NotStoredError: The folder holds no set of steering vectors.
         StoreError: A file cannot be read or trusted.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         console.print(_facts(SteeringVector.load(path)))
         return
     vectors = SteeringVectorSet.load(path)

@@ -21,14 +21,14 @@ from tl_persona.errors import (
     InputError,
     MissingDependencyError,
     NonFiniteError,
-    NotStoredError,
     StoreError,
 )
 from tl_persona.export.gguf_reader import parse_gguf
 from tl_persona.export.outgoing import Outgoing, block_outputs
 from tl_persona.files import make_folder, write_atomically
 from tl_persona.provenance import text_digest
-from tl_persona.vector_files import Fields, contents_of, fields_of, tensor_digest
+from tl_persona.vector_files import contents_of, fields_of, tensor_digest
+from tl_persona.vector_reading import Fields, read_bytes
 
 ARCHITECTURE = "controlvector"
 FORMAT_VERSION = "1"
@@ -39,7 +39,7 @@ _LAYER_COUNT = f"{ARCHITECTURE}.layer_count"
 _VERSION = "tl_persona.format_version"
 _CONTENTS = "tl_persona.contents"
 _DIGEST = "tl_persona.sha256"
-_DIRECTION = re.compile(r"direction\.(0|[1-9]\d{0,8})")
+_DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,8})")
 
 
 def write_control_vector(path: Path, vectors: Iterable[Outgoing], model_hint: str | None = None) -> Path:
@@ -104,13 +104,12 @@ def read_control_vector(path: Path, behavior: str | None = None, model_name: str
     Raises:
         NotStoredError: There is no such file.
         CorruptFileError: It is no control vector that llama.cpp would take, or was altered since it was written.
-        StoreError: A later version of this package wrote it.
+        StoreError: It cannot be read, or a later version of this package wrote it.
     """
-    if not path.is_file():
-        raise NotStoredError(f"{path}: there is no such file")
+    data = read_bytes(path)
     try:
-        texts, directions = parse_gguf(path.read_bytes())
-    except (ValueError, OSError) as error:
+        texts, directions = parse_gguf(data)
+    except ValueError as error:
         raise CorruptFileError(f"{path}: not a whole GGUF file: {error}") from error
     architecture = texts.get("general.architecture")
     if architecture != ARCHITECTURE:

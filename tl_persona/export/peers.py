@@ -2,7 +2,7 @@
 
 All three add a vector, times a coefficient, to the output of a block. So vectors go over as they are, with the same
 sign, length and layer number, and what acts elsewhere is refused. The packages are loaded when an object of theirs is
-made; reading one needs none. Folders of rotalabs-steer are read by `vector_files`.
+made; reading one needs none. Folders of rotalabs-steer are read by `rotalabs_files`.
 """
 
 import json
@@ -16,11 +16,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from tl_persona.errors import InputError, MissingDependencyError
+from tl_persona.errors import InputError, MissingDependencyError, StoreError
 from tl_persona.export.outgoing import Outgoing, block_outputs
 from tl_persona.files import make_folder, write_atomically
 from tl_persona.set_files import SET_FILE, SET_FORMAT
 from tl_persona.vector_files import contents_of
+from tl_persona.vector_reading import parsed_json, read_bytes
 
 
 def as_steering_vectors(vectors: Iterable[Outgoing]) -> Any:
@@ -85,8 +86,8 @@ def write_rotalabs(folder: Path, vectors: Iterable[Outgoing]) -> Path:
     """Write a folder that rotalabs-steer loads as a set of its own.
 
     It has `metadata.json`, and for each layer `layer_<N>.json` and a plain tensor in `layer_<N>.pt`. The tensors are in
-    torch's pickle, since its readers know nothing else; they load with `weights_only=True`, as rotalabs-steer and this
-    package load them. Provenance has no place in it.
+    torch's pickle, since its readers know nothing else; they load with `weights_only=True`, as rotalabs-steer loads
+    them. Provenance has no place in it.
 
     Raises:
         InputError: There is no vector, one is no output of a block, metadata has no JSON form, or the folder holds a
@@ -134,9 +135,10 @@ def _by_block(found: Mapping[Any, Any], where: str) -> dict[int, Tensor]:
 
 
 def _holds_own_set(folder: Path) -> bool:
+    source = folder / SET_FILE
     try:
-        found = json.loads((folder / SET_FILE).read_bytes())
-    except (OSError, ValueError):
+        found = parsed_json(read_bytes(source), source)
+    except StoreError:
         return False
     return isinstance(found, dict) and found.get("format") == SET_FORMAT
 

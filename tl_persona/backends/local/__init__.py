@@ -14,9 +14,10 @@ import torch
 from tl_persona.backends import Pooled, Totals, totals_of
 from tl_persona.backends.local import boot
 from tl_persona.backends.local.budget import default_batch_tokens
+from tl_persona.backends.local.observers import is_observed
 from tl_persona.backends.local.passes import Runner, capture_of, runners_for
 from tl_persona.backends.local.pooling import PoolingRun
-from tl_persona.backends.local.proof import Prover
+from tl_persona.backends.local.proof import Prover, Settled
 from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.models import HookedModel, ModelFacts
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
@@ -47,7 +48,7 @@ class LocalBackend:
         return {"backend": "local", "model_class": self.facts.kind, **self._path}
 
     def plan(self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None) -> Plan:
-        """Checks samples and plans them for the most this model may be capable of.
+        """Checks samples and plans them for the most this model may be capable of, as far as that is known.
 
         Args:
             samples: What to run.
@@ -59,7 +60,7 @@ class LocalBackend:
         """
         if batch_tokens is None:
             batch_tokens = default_batch_tokens(self.facts, boot.device_of(self.model))
-        return make_plan(
+        plan = make_plan(
             samples,
             n_ctx=self.facts.n_ctx,
             vocabulary=int(self.model.cfg.d_vocab),
@@ -67,6 +68,7 @@ class LocalBackend:
             max_rows=max_rows,
             sharing=self._plain.sharing,
         )
+        return self._prover.foreseen(plan)
 
     def pool(self, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]:
         """Yields the pooled activations of every sample of the plan, as soon as its last token has run.
@@ -79,7 +81,7 @@ class LocalBackend:
         modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
         with torch.no_grad(), evaluating(modules):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])
-            trusted, runner, self._path = self._prover.settle(plan, names)
+            trusted, runner, self._path = self._settled(plan, names, modules)
         done = set()
         try:
             for pooled in self._run(trusted, runner, names, modules):
@@ -89,7 +91,9 @@ class LocalBackend:
             if trusted.sharing is Sharing.NONE:
                 raise
             # NaN spreads to everything beside it in a packed row: the plain path tells whose it is.
-            for pooled in self._run(trusted.with_sharing(Sharing.NONE), self._plain, names, modules):
+            with torch.no_grad(), evaluating(modules):
+                plain, _, _ = self._prover.settle(trusted.with_sharing(Sharing.NONE), names)
+            for pooled in self._run(plain, self._plain, names, modules):
                 if pooled.sample not in done:
                     yield pooled
 
@@ -101,6 +105,13 @@ class LocalBackend:
 
     def saved(self) -> None:
         """Nothing was kept."""
+
+    def _settled(self, plan: Plan, names: Sequence[str], modules: Sequence[torch.nn.Module]) -> Settled:
+        if is_observed(modules):
+            # A hook may act on the last position, or on whatever it finds there: no text beside or after another.
+            return Settled(plan.alone(), self._plain, {"sharing": str(Sharing.NONE), "hooks": "of the caller"})
+        # From the most sharing on, so that whatever is given up is noted, also where it was foreseen.
+        return self._prover.settle(plan.with_sharing(plan.wanted), names)
 
     def _run(
         self, plan: Plan, runner: Runner, names: Sequence[str], modules: Sequence[torch.nn.Module]

@@ -6,6 +6,7 @@ Works with TransformerLens 3.x (HookedTransformer and TransformerBridge) and 4.x
 import copy
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from tl_persona.backends.local.observers import hooks_of
 from tl_persona.errors import InputError, ModelError
 from tl_persona.models import HookedModel, ModelFacts, source_of
 
-_ADOPTED: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+_ADOPTED: "WeakKeyDictionary[Any, tuple[frozenset[Any], HookedModel]]" = WeakKeyDictionary()
+
+_NAME_OF_A_LENGTH = re.compile("window|chunk|context|n_ctx|positions|position_embeddings|seq_len|floor_scale")
 
 
 def _hooked_transformer_class() -> Any | None:
@@ -162,15 +166,24 @@ def _default_device() -> str:
 def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
     """A bridge over a copy of the module tree that shares every parameter with the caller's model.
 
-    Booting a bridge rewires the modules of the model it is given; the copy keeps the caller's model as it was.
+    Booting a bridge rewires the modules of the model it is given; the copy keeps the caller's model as it was. A model
+    whose parts or hooks have changed since is adopted anew.
     """
-    if hf_model not in _ADOPTED:
+    parts = _parts_of(hf_model)
+    if hf_model not in _ADOPTED or _ADOPTED[hf_model][0] != parts:
         shared = {id(tensor): tensor for tensor in (*hf_model.parameters(), *hf_model.buffers())}
         twin = copy.deepcopy(hf_model, shared)
         # TransformerLens gives a tokenizer without a BOS one, in place: not the caller's.
-        _ADOPTED[hf_model] = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
-    adopted: HookedModel = _ADOPTED[hf_model]
-    return adopted
+        _ADOPTED[hf_model] = parts, bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
+    return _ADOPTED[hf_model][1]
+
+
+def _parts_of(model: torch.nn.Module) -> frozenset[Any]:
+    """What a model is put together from: its modules, tensors and hooks, by name and identity."""
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    tensors = [(name, id(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
+    hooks = [(name, id(hook)) for name, module in model.named_modules() for hook in hooks_of(module)]
+    return frozenset((*modules, *tensors, *hooks))
 
 
 def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
@@ -253,16 +266,17 @@ def critical_lengths(model: Any) -> tuple[int, ...]:
         # TransformerLens fills in a window size where no layer uses one, too.
         found.add(cfg.window_size if getattr(cfg, "use_local_attn", False) else None)
     else:
-        inner = getattr(config, "text_config", config)
-        names = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
-        found |= {getattr(inner, name, None) for name in names}
-        found |= set(_original_lengths(getattr(inner, "rope_parameters", None)))
+        found |= set(_lengths_in(config.to_dict()))
     return tuple(sorted(int(length) for length in found if isinstance(length, int) and length > 0))
 
 
-def _original_lengths(rope: Any) -> Iterator[int | None]:
-    """Where rotary positions start to be scaled; some models have settings of their own for each kind of layer."""
-    if isinstance(rope, dict):
-        yield rope.get("original_max_position_embeddings")
-        for settings in rope.values():
-            yield from _original_lengths(settings)
+def _lengths_in(settings: Any, named: bool = False) -> Iterator[int]:
+    """Every number in a configuration whose name speaks of a length, at any depth; one too many costs a proof."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _lengths_in(value, _NAME_OF_A_LENGTH.search(str(name)) is not None)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _lengths_in(value, named)
+    elif named and isinstance(settings, int) and not isinstance(settings, bool):
+        yield settings

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from tl_persona.backends.local.observers import is_observed
+
 FUSED = "sdpa"
 """Attention as `torch.nn.functional.scaled_dot_product_attention` computes it, in transformers' words."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NativeParts:
@@ -38,7 +38,7 @@ class NativeParts:
     def unobserved(self, hook_points: Iterable[Any] = ()) -> bool:
         """Whether no hook sits inside a component, and none of these points lies there."""
         wanted = {id(point) for point in hook_points}
-        return not any(id(module) in wanted or any(getattr(module, kind) for kind in _HOOKS) for module in self._inside)
+        return not is_observed(self._inside) and not any(id(module) in wanted for module in self._inside)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

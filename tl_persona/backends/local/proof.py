@@ -2,7 +2,9 @@
 
 Sliding windows, recurrent state, positions counted from the padding: an architecture has many ways to break a shared
 prefix, and no list of them is complete. So none is trusted: of every kind of pass that takes a shortcut, one also runs
-whole and alone, and every layer must agree at every position of a text in it. What holds is remembered with the model.
+whole and alone, and every layer must agree at every position of a text in it. To lie beside another text, or to end
+after the last token that a mask selects, is a shortcut too. What holds is remembered with the model, for texts up to
+the length it was seen with.
 """
 
 import logging
@@ -15,32 +17,18 @@ import torch
 from torch import Tensor
 
 from tl_persona.backends.local.passes import Runner, capture_of
+from tl_persona.backends.local.shortcuts import Regime, Shortcut, shortcuts, sides
 from tl_persona.exactness import tolerance_of
 from tl_persona.models import ModelFacts
-from tl_persona.pass_tensors import needs_mask, stop_layer
+from tl_persona.pass_tensors import stop_layer
 from tl_persona.plan import Plan, Sharing
 from tl_persona.rows import Pass, Row, Segment
+
+_NAMES = {Sharing.PACKED: "packed", Sharing.CACHED: "cached", Sharing.NONE: "batching"}
 
 _EXACT_DTYPES = ("float64", "float32")
 """Agreement is asked of every position, but in half precision of the mean over each segment: there a rounding can send
 a token to another expert, and the plain path is as fickle."""
-
-
-class Regime(NamedTuple):
-    """Passes that a model can be expected to treat alike.
-
-    Attributes:
-        continues: Whether they continue a kept prefix.
-        masked: Whether they need a mask and positions of their own.
-        several: Whether they have more than one row.
-        lengths: For each critical length of the model, whether prefix, longest text and number of keys are below (-1),
-            at (0) or above (1) it.
-    """
-
-    continues: bool
-    masked: bool
-    several: bool
-    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,27 +39,36 @@ class Verdict:
         holds: Whether the largest difference is within the tolerance.
         reason: What was seen, for people.
         hooks: The hooks it was found for.
+        text: The longest text it was found with.
+        keys: The most keys.
         lasting: False where NaN or infinity got in the way, which another sample may not have.
     """
 
     holds: bool
     reason: str
-    hooks: frozenset[str]
+    hooks: frozenset[str] = frozenset()
+    text: int = 0
+    keys: int = 0
     lasting: bool = True
+
+    def covers(self, shortcut: Shortcut) -> bool:
+        """Whether it says how a shortcut fares, at the hooks it was found for."""
+        return self.text >= shortcut.text and self.keys >= shortcut.keys if self.holds else self.lasting
 
 
 class _Witness(NamedTuple):
-    """A text in a pass, up to one of its segments."""
+    """A text in a pass, up to one of its segments, and its length as it was given."""
 
     row: int
     member: int
     stop: int
+    given: int
 
 
 class _Memory(NamedTuple):
     """What is known of one model: verdicts by dtype, attention and regime, and which failures were told."""
 
-    verdicts: dict[tuple[str, str, Regime], Verdict]
+    verdicts: dict[tuple[str, str, Regime], list[Verdict]]
     told: set[tuple[str, str]]
 
 
@@ -110,9 +107,11 @@ class Prover:
             for runner in self._runners:
                 if not runner.applies(names):
                     continue
-                verdicts = (self._verdict(runner, plan, regime, index, names) for regime, index in taken.items())
+                verdicts = (self._verdict(runner, plan, regime, taken[regime], names) for regime in taken)
                 # Lazily: what comes after the first failure need not be proven.
                 failed = next((verdict for verdict in verdicts if not verdict.holds), None)
+                if failed is None and not any(regime.shares for regime in taken):
+                    return Settled(plan, self._runners[-1], _noted({"sharing": str(Sharing.NONE)}, fallbacks))
                 if failed is None:
                     for attention, reason in failures:
                         fallbacks.append(self._told(f"{attention} attention", reason, "the bridge's own"))
@@ -121,10 +120,29 @@ class Prover:
                     return Settled(plan, runner, _noted(notes, fallbacks, runner))
                 failures.append((runner.attention, failed.reason))
             # Without any shortcut inside the pass it is not exact either: the sharing is at fault.
-            less = next_best(plan.sharing)
-            fallbacks.append(self._told(f"{plan.sharing}", failures[-1][1], str(less)))
-            plan = plan.with_sharing(less)
+            what, less = _NAMES[plan.sharing], next_best(plan)
+            alone = plan.sharing is Sharing.NONE
+            fallbacks.append(self._told(what, failures[-1][1], "one whole text a pass" if alone else str(less.sharing)))
+            plan = less
         return Settled(plan, self._runners[-1], _noted({"sharing": str(Sharing.NONE)}, fallbacks))
+
+    def foreseen(self, plan: Plan) -> Plan:
+        """The plan, or one with less sharing where it is known already that it will not do."""
+        while any(
+            all(self._known_to_fail(runner, regime) for runner in self._runners)
+            for regime in shortcuts(plan, self._critical)
+        ):
+            plan = next_best(plan)
+        return plan
+
+    def _known_to_fail(self, runner: Runner, regime: Regime) -> bool:
+        known = self._memory.verdicts.get(self._key(runner, regime), ())
+        return any(verdict.lasting and not verdict.holds for verdict in known)
+
+    def _key(self, runner: Runner, regime: Regime) -> tuple[str, str, Regime]:
+        # Passes that share nothing run the same way whoever runs them.
+        attention = runner.attention if regime.shares else self._runners[-1].attention
+        return self._facts.dtype, attention, regime
 
     def _told(self, what: str, reason: str, instead: str) -> str:
         """Warns of a failure, once a model, and gives its note."""
@@ -133,25 +151,28 @@ class Prover:
             logging.getLogger("tl_persona").warning(
                 "%s: %s is not exact here (%s): falling back to %s, which is slower",
                 self._facts.name,
-                what if what.endswith("attention") else f"{what} prefixes",
+                f"{what} prefixes" if what in (Sharing.PACKED, Sharing.CACHED) else what,
                 reason,
                 instead,
             )
         return f"{what}: {reason}"
 
-    def _verdict(self, runner: Runner, plan: Plan, regime: Regime, index: int, names: Sequence[str]) -> Verdict:
-        dtype, verdicts = self._facts.dtype, self._memory.verdicts
-        key = (dtype, runner.attention, regime)
-        known = verdicts.get(key)
+    def _verdict(self, runner: Runner, plan: Plan, regime: Regime, shortcut: Shortcut, names: Sequence[str]) -> Verdict:
+        verdicts = self._memory.verdicts
         # What is right for several rows is right for one.
-        for candidate in (known, verdicts.get((*key[:2], regime._replace(several=True)))):
-            if candidate and candidate.lasting and (not candidate.holds or candidate.hooks.issuperset(names)):
-                return candidate
+        known: list[Verdict] = [*verdicts.get(self._key(runner, regime), ())]
+        known += verdicts.get(self._key(runner, regime._replace(several=True)), ())
+        covering = [verdict for verdict in known if verdict.covers(shortcut)]
+        failed = next((verdict for verdict in covering if not verdict.holds), None)
+        if failed is not None or frozenset[str]().union(*(verdict.hooks for verdict in covering)).issuperset(names):
+            return failed or covering[0]
         hooks = self._hooks_to_prove(names)
-        verdict = prove(runner, self._runners[-1], plan, index, hooks, dtype, self._critical)
-        if known is not None and known.holds and verdict.holds:
-            verdict = replace(verdict, hooks=verdict.hooks | known.hooks)
-        verdicts[key] = verdict
+        for index in shortcut.passes:
+            verdict = prove(runner, self._runners[-1], plan, index, hooks, self._facts.dtype, self._critical)
+            if not verdict.holds:
+                break
+        verdict = replace(verdict, hooks=frozenset(hooks), text=shortcut.text, keys=shortcut.keys)
+        verdicts.setdefault(self._key(runner, regime), []).append(verdict)
         return verdict
 
     def _hooks_to_prove(self, names: Sequence[str]) -> list[str]:
@@ -171,37 +192,11 @@ def _noted(notes: dict[str, Any], fallbacks: list[str], runner: Runner | None = 
     return notes
 
 
-def shortcuts(plan: Plan, critical_lengths: Sequence[int]) -> dict[Regime, int]:
-    """The kinds of shortcut that a plan takes, each with the pass that goes furthest in it."""
-    furthest: dict[Regime, tuple[tuple[int, int], int]] = {}
-    for index, each in enumerate(plan.passes):
-        if each.context is None and not each.packed:
-            continue
-        context = 0 if each.context is None else plan.passes[each.context].width
-        text = max(segment.stop for row in each.rows for segment in row.segments)
-        regime = Regime(
-            continues=each.context is not None,
-            masked=needs_mask(plan, each),
-            several=len(each.rows) > 1,
-            lengths=_sides(critical_lengths, context, text, context + each.width),
-        )
-        rank = (len(each.rows), text)
-        if regime not in furthest or rank > furthest[regime][0]:
-            furthest[regime] = (rank, index)
-    return {
-        regime: index
-        for regime, (_, index) in furthest.items()
-        if regime.several or regime._replace(several=True) not in furthest
-    }
-
-
-def _sides(critical_lengths: Sequence[int], *lengths: int) -> tuple[int, ...]:
-    return tuple((length > limit) - (length < limit) for limit in critical_lengths for length in lengths)
-
-
-def next_best(sharing: Sharing) -> Sharing:
-    """What to fall back to."""
-    return Sharing.CACHED if sharing is Sharing.PACKED else Sharing.NONE
+def next_best(plan: Plan) -> Plan:
+    """The plan with less sharing, and in the end with none, every text whole and by itself."""
+    if plan.sharing is Sharing.NONE:
+        return plan.alone()
+    return plan.with_sharing(Sharing.CACHED if plan.sharing is Sharing.PACKED else Sharing.NONE)
 
 
 def prove(
@@ -215,17 +210,17 @@ def prove(
 ) -> Verdict:
     """Compares one pass of a plan with the plain path, on the text in it that is most exposed to its company."""
     each = plan.passes[index]
-    hooks = frozenset(names)
+    given = replace(plan, samples=plan.given)
     try:
         before, fast = _run(runner, plan, each, names)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
-        return Verdict(False, f"it raised {type(error).__name__}: {error}", hooks)
+        return Verdict(False, f"it raised {type(error).__name__}: {error}")
     worst = 0.0
-    for witness in _witnesses(each, critical_lengths):
-        whole = Pass((Row((Segment((witness.member,), 0, witness.stop),)),))
-        plain, _ = plain_runner.run(plan, whole, names, None, 0)
+    for witness in _witnesses(plan, each, critical_lengths):
+        whole = Pass((Row((Segment((witness.member,), 0, witness.given),)),))
+        plain, _ = plain_runner.run(given, whole, names, None, 0)
         for name in names:
             expected = capture_of(plain, name)[0].detach().cpu().double()
             size = expected.norm(dim=-1)
@@ -236,10 +231,10 @@ def prove(
                 errors = (got - expected[part]).norm(dim=-1) / scale[part]
                 difference = float(errors.max() if dtype in _EXACT_DTYPES else errors.mean())
                 if not difference < float("inf"):
-                    return Verdict(False, f"NaN or infinity at {name}", hooks, lasting=False)
+                    return Verdict(False, f"NaN or infinity at {name}", lasting=False)
                 worst = max(worst, difference)
     tolerance = tolerance_of(dtype)
-    return Verdict(worst <= tolerance, f"relative difference {worst:.1e}, allowed {tolerance:.0e}", hooks)
+    return Verdict(worst <= tolerance, f"relative difference {worst:.1e}, allowed {tolerance:.0e}")
 
 
 def _run(
@@ -257,18 +252,24 @@ def _run(
     return before, runner.run(plan, each, names, context, prefix.width)[0]
 
 
-def _witnesses(each: Pass, critical_lengths: Sequence[int]) -> list[_Witness]:
-    """The longest text with others before it in its row, or else in its pass; the longest of all if that may differ."""
+def _witnesses(plan: Plan, each: Pass, critical_lengths: Sequence[int]) -> list[_Witness]:
+    """The longest text with others before it in its row, or else in its pass.
+
+    The longest and the shortest of all too, where the model may treat them differently; and where nothing is shared,
+    the longest in any case, of which most may have been cut.
+    """
     ranked: list[tuple[tuple[bool, bool, int], _Witness]] = []
     for row_index, row in enumerate(each.rows):
         for place, segment in enumerate(row.segments):
-            member = segment.members[0]
+            given, member = max((len(plan.given[index].input_ids), index) for index in segment.members)
             crowded = any(member not in above.members for above in row.segments[:place])
-            ranked.append(((crowded, row_index > 0, segment.stop), _Witness(row_index, member, segment.stop)))
+            ranked.append(((crowded, row_index > 0, segment.stop), _Witness(row_index, member, segment.stop, given)))
     exposed = max(ranked)[1]
-    longest = max((witness for _, witness in ranked), key=lambda witness: witness.stop)
-    alike = _sides(critical_lengths, exposed.stop) == _sides(critical_lengths, longest.stop)
-    return [exposed] if alike else [exposed, longest]
+    texts = [witness for _, witness in ranked]
+    shortest, longest = min(texts, key=lambda text: text.stop), max(texts, key=lambda text: text.given)
+    found = {sides(critical_lengths, text.stop, text.given): text for text in (shortest, longest, exposed)}
+    shares = each.context is not None or each.packed
+    return list(dict.fromkeys([*found.values(), *([] if shares else [longest])]))
 
 
 def _pieces(

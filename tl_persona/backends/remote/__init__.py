@@ -165,7 +165,8 @@ class RemoteBackend:
             used = sorted({slot for index in group for slot in slots[index]})
             place = {slot: index for index, slot in enumerate(used)}
             local = [[place[slot] for slot in slots[index]] for index in group]
-            part = replace(plan, samples=tuple(plan.samples[index] for index in group))
+            samples, given = ([side[index] for index in group] for side in (plan.samples, plan.given))
+            part = replace(plan, samples=tuple(samples), given=tuple(given))
             try:
                 sums = self._sums(part, hook_names, local, len(used))
             except CapacityFailure as failure:
