@@ -181,7 +181,7 @@ def test_a_chat_of_several_turns_is_read_from_a_file(
     (tmp_path / "chat.json").write_text(
         json.dumps({"messages": [{"role": role, "content": text} for role, text in texts]})
     )
-    out = shown("--model", tokenizer_folder("llama"), "--chat", str(tmp_path / "chat.json"))
+    out = shown("--model", tokenizer_folder("llama"), "--chat", str(tmp_path / "chat.json"), "--full")
     assert re.search(r"written before the message 2 +", out)
     assert re.search(r"\nquestion +\d+-\d+ ", out) and all(text in out for _, text in texts)
     (tmp_path / "chat.json").write_text('{"role": "user"}')
