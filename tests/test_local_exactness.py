@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_persona.backends import open_backend
-from tl_persona.backends.local import boot
+from tl_persona.backends.local import boot, budget
 from tl_persona.loading import load_model
 from tl_persona.plan import Sample
 
@@ -182,3 +182,14 @@ def test_a_transformers_model_runs_as_it_is_now(tiny_llama: Path, caplog: pytest
     handle.remove()
     with caplog.at_level(logging.WARNING):
         assert agree(found(), replaced)
+
+
+# --- the token budget ------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_torch_holds_for_the_next_pass_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each persona would get a smaller budget than the one before it."""
+    figures = {"mem_get_info": (3_000, 16_000), "memory_reserved": 9_000, "memory_allocated": 5_000}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    assert budget.free_bytes(torch.device("cuda", 0)) == 3_000 + 4_000
