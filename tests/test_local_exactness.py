@@ -30,6 +30,8 @@ from tl_persona.backends.local import boot, budget
 from tl_persona.loading import load_model
 from tl_persona.plan import Sample
 
+pytestmark = pytest.mark.tl
+
 
 def shift_the_last(activation: Tensor, hook: Any) -> Tensor:
     return torch.cat([activation[:, :-1], activation[:, -1:] + 0.5], dim=1)
