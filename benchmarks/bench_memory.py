@@ -1,8 +1,9 @@
 """Peak memory above the loaded model, against the number of questions and of layers.
 
-Ten times the questions may raise the peak of the process by a tenth, whatever its allocator keeps for itself, and it
-stays below a ceiling. What the measured runs of 24 questions gave is compared with the naive oracle, here, where it
-takes nothing from what is measured.
+Ten times the questions may raise by a tenth what the run holds, and the peak of an ordinary process stays below a
+ceiling. What glibc's allocator keeps for itself differs by a hundred megabytes from run to run, so what is held is seen
+with an allocator that gives everything back at once. What the measured runs of 24 questions gave is compared with the
+naive oracle, here, where it takes nothing from what is measured.
 """
 
 import sys
@@ -25,7 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CEILING = 400e6
 GROWTH = 1.1
-"""How much higher the peak may be at ten times the questions."""
+"""How much more may be held at ten times the questions."""
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Has glibc give back every block of 64 kB or more as soon as it is freed."""
 
 
 def oracle() -> torch.Tensor:
@@ -39,19 +42,20 @@ def oracle() -> torch.Tensor:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters")
 def test_memory_does_not_grow_with_the_questions(tmp_path: Path, benchmark: Any) -> None:
     expected = oracle()
-    found = {}
-    for name, request in CASES.items():
-        output = tmp_path / "vectors.pt"
-        with Worker("memory_worker.py") as worker:
-            found[name] = worker.ask(**request, output=str(output))["bytes"]
-        if request["questions"] == FEW:
-            wanted = expected if request["layers"] is None else expected[-1:]
-            assert relative_error(torch.load(output, weights_only=True), wanted) < 1e-5, name
+    held, peaks = {}, {}
+    for found, environment in ((held, AT_ONCE), (peaks, {})):
+        for name, request in CASES.items():
+            output = tmp_path / "vectors.pt"
+            with Worker("memory_worker.py", environment=environment) as worker:
+                found[name] = worker.ask(**request, output=str(output))["bytes"]
+            if request["questions"] == FEW:
+                wanted = expected if request["layers"] is None else expected[-1:]
+                assert relative_error(torch.load(output, weights_only=True), wanted) < 1e-5, name
     benchmark.pedantic(lambda: None, rounds=1)
-    benchmark.extra_info.update(found)
+    benchmark.extra_info.update({f"{name}, held": used for name, used in held.items()}, **peaks)
     print()
-    for name, used in found.items():
-        print(f"  {name:27} {used / 1e6:6.0f} MB")
-    assert max(found.values()) < CEILING
-    few, many, _ = found.values()
+    for name in CASES:
+        print(f"  {name:27} {held[name] / 1e6:6.0f} MB held, {peaks[name] / 1e6:6.0f} MB with glibc as it is")
+    assert max(peaks.values()) < CEILING
+    few, many, _ = held.values()
     assert many < GROWTH * few

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,9 +27,11 @@ class Worker:
     Args:
         script: Its file name.
         needs: The peer's folder in the peers' environment; the benchmark is skipped where it is missing.
+        environment: Variables that the process gets beside ours.
     """
 
-    def __init__(self, script: str, needs: str | None = None) -> None:
+    def __init__(self, script: str, needs: str | None = None, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
         if needs is not None and not (PEERS / needs).is_dir():
             pytest.skip(f"{needs} is not installed in {PEERS}: run `make bench`")
         self._script = Path(__file__).parent / "workers" / script
@@ -38,7 +41,8 @@ class Worker:
 
     def __enter__(self) -> "Worker":
         path = os.pathsep.join([*self._path, os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": THREADS, "HF_HUB_OFFLINE": "1"}
+        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": THREADS, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **own, **self._environment}
         self._process = subprocess.Popen(
             [sys.executable, str(self._script)],
             stdin=subprocess.PIPE,
