@@ -111,7 +111,8 @@ class LocalBackend:
             # A hook may act on the last position, or on whatever it finds there: no text beside or after another.
             return Settled(plan.alone(), self._plain, {"sharing": str(Sharing.NONE), "hooks": "of the caller"})
         # From the most sharing on, so that whatever is given up is noted, also where it was foreseen.
-        return self._prover.settle(plan.with_sharing(plan.wanted), names)
+        untouched = plan.sharing is plan.wanted is not Sharing.NONE
+        return self._prover.settle(plan if untouched else plan.with_sharing(plan.wanted), names)
 
     def _run(
         self, plan: Plan, runner: Runner, names: Sequence[str], modules: Sequence[torch.nn.Module]
