@@ -42,6 +42,7 @@ STAGES = (
     "configs",
     "checkpoints",
     "models",
+    "caches",
     "positions",
     "pass_tensors",
     "exactness",
@@ -76,6 +77,7 @@ STAGES = (
     "report",
     "jobs",
     "loading",
+    "generation",
     "extraction",
     "caa",
     "commands",
@@ -89,7 +91,7 @@ A part of a listed module (`backends.local.pooling`, say) stands where that modu
 its parts.
 """
 
-MAY_IMPORT_A_BACKEND = {"jobs", "loading", "extraction", "caa", "commands", "cli"}
+MAY_IMPORT_A_BACKEND = {"jobs", "loading", "generation", "extraction", "caa", "commands", "cli"}
 """The recipes and the command line: the outermost layer."""
 
 HOME_OF = {"transformer_lens": "backends.local", "nnsight": "backends.remote"}

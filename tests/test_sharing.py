@@ -221,16 +221,19 @@ def mean_error(means: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "mixtral", "qwen3"])
 def test_full_attention_is_packed_on_a_bridge(family: str, tiny_hooked: Boot) -> None:
     _, notes = pool(tiny_hooked(family, "bridge"), persona())
-    assert notes["sharing"] == "packed" and "fallbacks" not in notes
+    assert notes["sharing"] == "packed"
+    assert ("fallbacks" in notes) == (family in STEPWISE_FAMILIES)
 
 
-@pytest.mark.parametrize(("family", "why"), [("mistral", "relative"), ("gemma3", "relative"), ("bloom", None)])
-def test_windows_and_alibi_continue_a_prefix_but_are_not_packed(
-    family: str, why: str | None, tiny_hooked: Boot
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("mistral", "relative difference"), ("gemma3", "relative difference"), ("bloom", "does not take")],
+)
+def test_windows_and_alibi_continue_a_prefix_but_are_not_packed(family: str, why: str, tiny_hooked: Boot) -> None:
     _, notes = pool(tiny_hooked(family, "bridge"), persona(WINDOW + 8))
     assert notes["sharing"] == "cached"  # bloom takes no positions, so its texts are never laid side by side
-    assert [reason.split()[:2] for reason in notes.get("fallbacks", [])] == ([["packed:", why]] if why else [])
+    (packed,) = [note for note in notes["fallbacks"] if note.startswith("packed:")]
+    assert why in packed
 
 
 @pytest.mark.hooked
@@ -501,10 +504,16 @@ class Double:
 
     def __init__(self, runner: Any, sharing: Sharing, spoil: Callable[..., Any]) -> None:
         self.sharing, self.attention = sharing, runner.attention
+        self.limits: Mapping[Sharing, str] = {}
+        self.costs: Mapping[str, str] = {}
         self._runner, self._spoil = runner, spoil
 
-    def applies(self, names: Sequence[str]) -> bool:
-        return bool(self._runner.applies(names))
+    def prepare(self) -> None:
+        pass
+
+    def obstacle(self, names: Sequence[str]) -> str | None:
+        found: str | None = self._runner.obstacle(names)
+        return found
 
     def run(self, plan: Plan, each: Pass, names: Sequence[str], context: Any, length: int) -> Any:
         if each.context is None and not each.packed:
@@ -636,6 +645,11 @@ def test_a_hook_that_never_fires_is_refused_by_name(kind: str, tiny_hooked: Boot
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The keys and values handed to a pass, whatever the class and the release call them."""
+    return next((value for value in arguments.values() if "cache" in type(value).__name__.lower()), None)
+
+
 class Watch:
     """Weak references to what `run_with_cache` captured and to the keys it kept, by pass."""
 
@@ -650,7 +664,7 @@ class Watch:
             self.left_over.append(self.alive_bytes())
             output, cache = run(tokens, **arguments)
             self.captured += [weakref.ref(tensor) for tensor in cache.values()]
-            past = arguments.get("past_key_values") or arguments.get("past_kv_cache")
+            past = cache_in(arguments)
             if past is not None:
                 self.keys.append(weakref.ref(past))
             self.peak_bytes = max(self.peak_bytes, self.alive_bytes())
@@ -720,8 +734,8 @@ def test_a_continuation_keeps_none_of_the_keys_it_appends(tiny_hooked: Boot, mon
 
     def spy(tokens: Tensor, **arguments: Any) -> Any:
         result = run(tokens, **arguments)
-        if "past_key_values" in arguments:
-            lengths.append({layer.keys.shape[-2] for layer in arguments["past_key_values"].layers})
+        if (cache := cache_in(arguments)) is not None:
+            lengths.append({layer.keys.shape[-2] for layer in cache.layers})
         return result
 
     monkeypatch.setattr(model, "run_with_cache", spy)

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from tiny import D_MODEL, N_LAYERS, VOCAB_SIZE, WINDOW
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tl_persona.backends.local.trial import trial_of
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.hooks import resid_post
 from tl_persona.loading import load_model
@@ -129,8 +130,13 @@ def setting(target: float, direction: Tensor = V) -> Edit:
     return edit
 
 
+def keeping_its_cache(model: Any) -> AbstractContextManager[None]:
+    """A block in which a model's own loops continue their cache, also where its releases do not agree on its name."""
+    return trial_of(model).renamed(model) if hasattr(model, "original_model") else nullcontext()
+
+
 def logits_of(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), keeping_its_cache(model):
         found = model(ids, **options)
     return found if isinstance(found, Tensor) else found.logits
 
@@ -142,7 +148,8 @@ def residuals(model: Any, ids: Tensor, name: str = MIDDLE, **options: Any) -> Te
 
 def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
     chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "verbose": False, "stop_at_eos": False, **options}
-    return model.generate(ids, **chosen)
+    with keeping_its_cache(model):
+        return model.generate(ids, **chosen)
 
 
 def generated_by_hand(model: PreTrainedModel, ids: Tensor, edits: dict[int, Edit], steps: int = NEW_TOKENS) -> Tensor:
@@ -393,7 +400,8 @@ def test_positions_hold_in_the_generate_of_hugging_face_inside_a_bridge(
 ) -> None:
     model, ids = models("bridge", family), some_ids(PROMPT)
     chosen = [0, PROMPT - 1, PROMPT + 2]
-    with attach(model, [Intervention(MIDDLE, V, STRENGTH, positions=[0, -1, PROMPT + 2])]):
+    edits = [Intervention(MIDDLE, V, STRENGTH, positions=[0, -1, PROMPT + 2])]
+    with attach(model, edits), keeping_its_cache(model):
         text = model.original_model.generate(
             ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, cache_implementation=cache
         )
@@ -423,7 +431,7 @@ def test_what_is_generated_cannot_be_told_without_a_cache_and_that_is_said(kind:
 @pytest.mark.parametrize("positions", ["generated", -1, slice(-2, None), torch.ones(1, 6, dtype=torch.bool)])
 def test_a_prompt_that_ran_before_the_block_is_not_guessed_at(positions: Positions, models: Any) -> None:
     model, ids = models("bridge"), some_ids(8)
-    with torch.no_grad():
+    with torch.no_grad(), keeping_its_cache(model):
         _, cache = model(ids[:, :6], return_type="logits_and_cache", use_cache=True)
     with (
         attach(model, [Intervention(MIDDLE, V, positions=positions)]),
@@ -437,10 +445,107 @@ def test_absolute_positions_are_right_on_a_cache_from_before_the_block(models: A
     model, ids = models("bridge"), some_ids(8)
     with attach(model, [Intervention(MIDDLE, V, STRENGTH, positions=7)]):
         expected = logits_of(model, ids)[:, 6:]
-    with torch.no_grad():
+    with torch.no_grad(), keeping_its_cache(model):
         _, cache = model(ids[:, :6], return_type="logits_and_cache", use_cache=True)
     with attach(model, [Intervention(MIDDLE, V, STRENGTH, positions=7)]):
         torch.testing.assert_close(logits_of(model, ids[:, 6:], past_key_values=cache), expected, rtol=1e-4, atol=1e-5)
+
+
+@contextmanager
+def losing_its_cache(model: Any) -> Iterator[None]:
+    """A bridge whose attentions are not handed the cache, as where two releases call it by different names."""
+
+    def drop(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {name: value for name, value in kwargs.items() if not hasattr(value, "get_seq_length")}
+
+    handles = [block.attn.register_forward_pre_hook(drop, with_kwargs=True) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+UNDER_HOOKS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "attach": lambda model: attach(model, [Intervention(MIDDLE, V, STRENGTH)]),
+    "attach at the last position": lambda model: attach(model, [Intervention(MIDDLE, V, positions="last")]),
+    "attach what adds nothing": lambda model: attach(model, [Intervention(MIDDLE, V, 0.0)]),
+    "monitor": lambda model: monitor(model, {"v": (MIDDLE, V)}),
+}
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("how", UNDER_HOOKS)
+def test_generation_that_loses_its_cache_is_refused_at_its_first_cached_step(
+    how: str, family: str, models: Any
+) -> None:
+    model, ids = models("bridge", family), some_ids(8)
+    passes: list[int] = []
+    with losing_its_cache(model), UNDER_HOOKS[how](model):
+        counting = model.original_model.register_forward_pre_hook(lambda *_: passes.append(1))
+        for generate in (model.generate, model.hf_generate):
+            passes.clear()
+            with pytest.raises(InputError, match=r"has lost the beginning.*tl_persona\.generate, or with use_past_kv"):
+                generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+            assert len(passes) <= 2  # the prompt, and at most the step that is refused
+        counting.remove()
+        without = model.generate(
+            ids, max_new_tokens=2, do_sample=False, verbose=False, stop_at_eos=False, use_past_kv_cache=False
+        )
+    assert without.shape == (1, 10)
+
+
+@pytest.mark.tl
+def test_a_loop_of_the_callers_that_goes_on_with_a_lost_cache_is_refused(models: Any) -> None:
+    model, ids = models("bridge"), some_ids(8)
+    with losing_its_cache(model), attach(model, [Intervention(MIDDLE, V)]), torch.no_grad():
+        _, cache = model(ids[:, :6], return_type="logits_and_cache", use_cache=True)
+        with pytest.raises(InputError, match="has lost the beginning"):
+            model(ids[:, 6:], past_key_values=cache)
+        assert model(ids, use_cache=True).shape[1] == 8  # a pass over a whole text needs no cache
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "mistral"])
+def test_a_bridges_own_generation_under_hooks_is_right_or_refused_never_garbage(
+    family: str, models: Any, plain: Any
+) -> None:
+    model, ids = models("bridge", family), some_ids(2 * WINDOW)
+    chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    expected = generated_by_hand(plain(family), ids, {1: adding(STRENGTH)})
+    with attach(model, [Intervention(MIDDLE, V, STRENGTH)]):
+        try:
+            text = model.generate(ids, **chosen)
+        except InputError as error:
+            assert "has lost the beginning" in str(error)
+            assert trial_of(model).read_as is not None  # only where attentions look for another name
+            text = model.generate(ids, use_past_kv_cache=False, **chosen)
+    assert torch.equal(text, expected)
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "some_later_name"])
+def test_a_cache_is_known_by_what_it_offers_and_not_by_its_name(name: str) -> None:
+    cache = SimpleNamespace(get_seq_length=lambda: 7)
+    with PassWatch(Announcing(), MIDDLE) as watch:
+        assert places_in(watch, 1, 2, **{name: cache}) == [[7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"cache": SimpleNamespace(length=7)}, "does not tell how many tokens went before"),
+        ({"state": SimpleNamespace(length=7)}, "does not tell how many tokens went before"),
+        ({"padding_mask": torch.tensor([[0, 1, 1]])}, "'padding_mask' looks like an attention mask"),
+        ({"padding_mask": torch.tensor([[False, True, True]])}, "'padding_mask' looks like an attention mask"),
+    ],
+)
+def test_an_argument_that_may_be_a_cache_or_a_mask_under_another_name_is_refused(
+    arguments: dict[str, Any], why: str
+) -> None:
+    with PassWatch(Announcing(), MIDDLE) as watch, pytest.raises(InputError, match=why):
+        places_in(watch, 1, 3, **arguments)
 
 
 def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ The flow, which is also the order of the modules:
 - `backends`: a plan run on a hooked model; for each sample and mask the mean of every hook.
 - `reducers`, `statistics`, `directions`: means over samples, and how far to trust them.
 - `vectors`, `store`: what is kept, with its provenance, as safetensors.
-- `extraction`, `caa`, `steering`, `cli`: the recipes that join them.
+- `extraction`, `caa`, `steering`, `generation`, `cli`: the recipes that join them.
 
 Importing this package loads neither torch nor TransformerLens; names are fetched when first used.
 """
@@ -28,6 +28,7 @@ _HOME = {
     "ContrastPair": "contrast",
     "ContrastPairDataset": "contrast",
     "ExtractionResult": "extraction",
+    "Generation": "generation",
     "Intervention": "steering",
     "MaskStrategy": "masks",
     "Persona": "samples",
@@ -42,6 +43,7 @@ _HOME = {
     "extract_activations": "extraction",
     "extract_caa_vector": "caa",
     "extract_caa_vectors": "caa",
+    "generate": "generation",
     "get_model_config": "configs",
     "load_assertiveness_pairs": "contrast",
     "load_conciseness_pairs": "contrast",
@@ -73,6 +75,7 @@ __all__ = [
     "ContrastPair",
     "ContrastPairDataset",
     "ExtractionResult",
+    "Generation",
     "Intervention",
     "MaskStrategy",
     "Persona",
@@ -87,6 +90,7 @@ __all__ = [
     "extract_activations",
     "extract_caa_vector",
     "extract_caa_vectors",
+    "generate",
     "get_model_config",
     "load_assertiveness_pairs",
     "load_conciseness_pairs",
@@ -134,6 +138,7 @@ if TYPE_CHECKING:
     )
     from tl_persona.errors import TLPersonaError
     from tl_persona.extraction import ExtractionResult, extract_activations, run_extraction
+    from tl_persona.generation import Generation, generate
     from tl_persona.hooks import resolve_hooks
     from tl_persona.loading import load_model
     from tl_persona.masks import MaskStrategy

@@ -27,7 +27,7 @@ from tl_persona.steering_hooks import (
     unit_direction,
 )
 from tl_persona.steering_monitor import Monitor, monitor, project
-from tl_persona.steering_passes import PassWatch
+from tl_persona.steering_passes import CacheGuard, PassWatch
 from tl_persona.steering_positions import Positions, check_positions, select
 
 __all__ = ["Intervention", "Mode", "Monitor", "Positions", "attach", "monitor", "project"]
@@ -116,6 +116,7 @@ def attach(model: HookedModel, interventions: Iterable[Intervention]) -> Iterato
         if wanted.mode != "add" or (wanted.coefficient != 0 and wanted.direction.any())
     ]
     with ExitStack() as stack:
+        stack.enter_context(CacheGuard(model))
         for wanted, point, watch in active:
             if watch is not None:
                 stack.enter_context(watch)

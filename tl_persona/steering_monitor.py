@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_persona.errors import InputError
 from tl_persona.models import HookedModel
 from tl_persona.steering_hooks import check_activation, checked_direction, hook_point, hooked, unit_direction
-from tl_persona.steering_passes import PassTokens, PassWatch
+from tl_persona.steering_passes import CacheGuard, PassTokens, PassWatch
 
 
 def project(
@@ -119,6 +119,7 @@ def monitor(
         plan.append((name, hook_name, checked, hook_point(model, hook_name, checked), PassWatch(model, hook_name)))
     seen = Monitor({name: [] for name in named}, {name: [] for name in named})
     with ExitStack() as stack:
+        stack.enter_context(CacheGuard(model))
         for name, hook_name, direction, point, watch in plan:
             record = _recording_hook(seen, name, hook_name, direction, watch)
             stack.enter_context(watch)

@@ -5,14 +5,17 @@ many those are is read from the cache itself, and padding from the attention mas
 Choosing among the tokens is the work of `steering_positions`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_persona.caches import UnknownCacheError, cache_among, first_cache, tokens_held
 from tl_persona.errors import InputError
 from tl_persona.hooks import layer_of
 
@@ -70,8 +73,8 @@ class PassWatch:
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _note(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        self._beginning = self._read(kwargs)
+    def _note(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._beginning = self._read(args, kwargs)
 
     def tokens(self, batch: int, pos: int) -> PassTokens:
         """The tokens of the pass that is running.
@@ -112,6 +115,8 @@ class PassWatch:
 
 
 def _places(mask: Any, batch: int, before: int, pos: int) -> Int[Tensor, "batch pos"]:
+    if isinstance(mask, str):
+        raise InputError(f"the argument {mask!r} looks like an attention mask, which is called attention_mask here")
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else ()
     # Other masks say what may be attended to, not what is padding; with one row there is none.
     if mask is None or (len(shape) != 2 and batch == 1):
@@ -125,7 +130,70 @@ def _places(mask: Any, batch: int, before: int, pos: int) -> Int[Tensor, "batch 
     return torch.where(real, real.long().cumsum(dim=1) - 1, -1)[:, before:]
 
 
-def _announcer(model: Any, hook_name: str) -> tuple[Any, Callable[[dict[str, Any]], _Beginning]]:
+class CacheGuard:
+    """Refuses to go on with a text whose cache did not take up what ran before, while entered.
+
+    Where TransformerLens and transformers do not agree on the cache's name, the attentions of a bridge never see it,
+    and every token that is generated is taken for the first of its text. Nothing else in the run looks wrong.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._original = getattr(model, "original_model", None)
+        self._held_before: int | None = None
+        self._empty: WeakSet[Any] = WeakSet()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "CacheGuard":
+        if self._original is not None:
+            for handle in (
+                self._original.register_forward_pre_hook(self._before, with_kwargs=True),
+                self._original.register_forward_hook(self._after, with_kwargs=True),
+            ):
+                self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = _cache_or_none(args, kwargs)
+        held = tokens_held(cache)
+        if cache is not None and (cache in self._empty or (held == 0 and _speaks_of_more(kwargs))):
+            raise InputError(
+                "the model has lost the beginning of the text that it goes on with: its key-value cache is empty, as "
+                "the installed TransformerLens and transformers hand it on under different names. Generate with "
+                "tl_persona.generate, or with use_past_kv_cache=False"
+            )
+        self._held_before = 0 if cache is None else held
+
+    def _after(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = _cache_or_none(args, kwargs)
+        cache = first_cache(_parts(output)) if given is None else given
+        held = tokens_held(cache)
+        if held is not None and self._held_before is not None and held <= self._held_before:
+            self._empty.add(cache)
+
+
+def _speaks_of_more(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the attention mask covers tokens that ran before, too."""
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or not mask.ndim == ids.ndim == 2:
+        return False
+    return mask.shape[1] > ids.shape[1]
+
+
+def _cache_or_none(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return cache_among(kwargs, args)
+    except UnknownCacheError:
+        return None
+
+
+def _parts(output: Any) -> list[Any]:
+    return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []
+
+
+def _announcer(model: Any, hook_name: str) -> tuple[Any, Callable[[tuple[Any, ...], dict[str, Any]], _Beginning]]:
     """The module whose arguments tell of a pass before the hook fires, and what reads them."""
     original = getattr(model, "original_model", None)
     if original is not None and not getattr(original.config, "is_encoder_decoder", False):
@@ -136,30 +204,43 @@ def _announcer(model: Any, hook_name: str) -> tuple[Any, Callable[[dict[str, Any
     return model.blocks[-1 if layer is None else layer], _read_block
 
 
-def _read_transformers(kwargs: dict[str, Any]) -> _Beginning:
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        cache = kwargs.get("cache_params")
+def _read_transformers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Beginning:
+    try:
+        cache = cache_among(kwargs, args)
+    except UnknownCacheError:
+        return _Beginning(tokens_before=None, is_cached=True, attention_mask=None)
     return _Beginning(
         tokens_before=_cached_tokens(cache, kwargs.get("cache_position")),
         is_cached=cache is not None or bool(kwargs.get("use_cache")),
-        attention_mask=kwargs.get("attention_mask"),
+        attention_mask=kwargs.get("attention_mask", _unknown_mask(kwargs)),
     )
+
+
+def _unknown_mask(kwargs: Mapping[str, Any]) -> str | None:
+    """The name of an argument that looks like a mask of padding under a name that is not known here."""
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.ndim == 2 and name not in ("input_ids", "position_ids", "labels"):
+            numbers = value if value.dtype == torch.bool else value.long()
+            if (
+                not value.is_floating_point()
+                and bool((numbers == 0).any())
+                and bool(((value == 0) | (value == 1)).all())
+            ):
+                return name
+    return None
 
 
 def _cached_tokens(cache: Any, cache_position: Tensor | None) -> int | None:
     if cache is None:
         return 0
-    if cache_position is not None:
-        return int(cache_position[0])
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # a recurrent state, which keeps no count
-        return None
+    return tokens_held(cache) if cache_position is None else int(cache_position[0])
 
 
-def _read_block(kwargs: dict[str, Any]) -> _Beginning:
+def _read_block(_args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Beginning:
+    """What a block of a HookedTransformer is told; it is always handed a cache entry, or None in its place."""
     entry = kwargs.get("past_kv_cache_entry")
+    if "past_kv_cache_entry" not in kwargs:
+        return _Beginning(tokens_before=None, is_cached=True, attention_mask=None)
     return _Beginning(
         tokens_before=0 if entry is None else entry.past_keys.shape[1],
         is_cached=entry is not None,

@@ -4,9 +4,10 @@ The only backend that imports `transformer_lens`. Nothing after the last needed 
 that has not been proven on this model (`proof`).
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +97,9 @@ class LocalBackend:
             for pooled in self._run(plain, self._plain, names, modules):
                 if pooled.sample not in done:
                     yield pooled
+            reason = f"{trusted.sharing}: NaN or infinity, which the same texts alone do not have"
+            logging.getLogger("tl_persona").warning("%s: %s: they ran alone", self.facts.name, reason)
+            self._path = {"sharing": str(Sharing.NONE), "fallbacks": [*self._path.get("fallbacks", []), reason]}
 
     def total(
         self, plan: Plan, hook_names: Sequence[str], slots: Sequence[Sequence[int]], n_slots: int
@@ -105,6 +109,10 @@ class LocalBackend:
 
     def saved(self) -> None:
         """Nothing was kept."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A block in which the whole model is in evaluation mode, and as it was after."""
+        return evaluating(modules_of(self.model))
 
     def _settled(self, plan: Plan, names: Sequence[str], modules: Sequence[torch.nn.Module]) -> Settled:
         if is_observed(modules):

@@ -5,6 +5,7 @@ it wraps has one fused call for the first and computes the second once. Declined
 those for which the bridge keeps weights of its own; whether the numbers are the same is `proof`'s work.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from tl_persona.backends.local.observers import is_observed
+
+_SOFT_CAP = re.compile("attn.*(soft_?cap|logit_?cap)|(soft_?cap|logit_?cap).*attn")
 
 FUSED = "sdpa"
 """Attention as `torch.nn.functional.scaled_dot_product_attention` computes it, in transformers' words."""
@@ -54,33 +57,50 @@ class NativeParts:
             yield
 
 
-def native_parts(model: Any) -> NativeParts | None:
-    """What can run natively in a bridge; None where attention cannot.
+def native_parts(model: Any) -> NativeParts | str:
+    """What can run natively in a bridge, or why attention cannot.
 
     It cannot where transformers has no fused call for the architecture (soft-capped scores, ALiBi), where the bridge
     computes with weights of its own (a joint projection that it has split, processed weights), and where somebody has
     changed how attention is computed already.
     """
-    if not getattr(model.original_model, "_supports_sdpa", False) or getattr(model, "compatibility_mode", False):
-        return None
-    attentions = [block.attn for block in model.blocks if "attn" in block._modules]
-    configs = list({id(config): config for config in map(_config_of, attentions)}.values())
-    if not attentions or not all(map(_same_weights, attentions)) or not all(map(_can_be_fused, configs)):
-        return None
-    components = [*attentions, *(norm for block in model.blocks for norm in block.children() if _is_norm(norm))]
+    if not getattr(model.original_model, "_supports_sdpa", False):
+        return "transformers has no fused attention for this architecture"
+    if getattr(model, "compatibility_mode", False):
+        return "the weights were processed"
+    found = attentions(model)
+    if not found:
+        return "its blocks have no attention of a kind that is known"
+    if not all(map(_same_weights, found)):
+        return "the bridge computes attention with weights of its own"
+    configs = list({id(config): config for config in map(_config_of, found)}.values())
+    flaw = next((flaw for flaw in map(_why_not_fused, configs) if flaw is not None), None)
+    if flaw is not None:
+        return flaw
+    components = [*found, *(norm for block in model.blocks for norm in block.children() if _is_norm(norm))]
     if any("forward" in vars(component) for component in components):
-        return None
+        return "somebody has replaced how attention is computed"
     return NativeParts(components, configs)
+
+
+def attentions(model: Any) -> list[Any]:
+    """The attention component of every block of a bridge that has one."""
+    return [block._modules["attn"] for block in model.blocks if "attn" in block._modules]
 
 
 def _config_of(attention: Any) -> Any:
     return getattr(attention.original_component, "config", None)
 
 
-def _can_be_fused(config: Any) -> bool:
-    # A config of several parts hands a change down to all of them.
-    plain = getattr(config, "_attn_implementation", None) in ("eager", FUSED) and not config.sub_configs
-    return plain and getattr(config, "attn_logit_softcapping", None) is None
+def _why_not_fused(config: Any) -> str | None:
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in ("eager", FUSED):
+        return f"its attention is configured as {implementation!r}"
+    if config.sub_configs:  # a config of several parts hands a change down to all of them
+        return "its configuration has several parts"
+    # Fused attention leaves soft caps out, and short texts hardly show it.
+    capped = sorted(name for name, value in vars(config).items() if value and _SOFT_CAP.search(name))
+    return f"its scores are capped ({', '.join(capped)})" if capped else None
 
 
 def _same_weights(attention: Any) -> bool:

@@ -3,7 +3,9 @@
 TransformerLens and transformers leave hooks of their own behind, which only look on; all others are somebody's.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,4 +22,30 @@ def hooks_of(module: torch.nn.Module) -> Iterator[Any]:
 
 def is_observed(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether any of these has a hook of somebody's."""
-    return any(getattr(hook, "__module__", None) not in LOOKING_ON for module in modules for hook in hooks_of(module))
+    return any(not _only_looks_on(hook) for module in modules for hook in hooks_of(module))
+
+
+@contextmanager
+def without_hooks(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Somebody's forward hooks are away while the block runs, and as they were after."""
+    taken: list[tuple[Any, OrderedDict[int, Any]]] = []
+    try:
+        for module in dict.fromkeys(modules):
+            for kind in ("_forward_hooks", "_forward_pre_hooks"):
+                hooks: Any = getattr(module, kind)
+                away = OrderedDict((key, hook) for key, hook in hooks.items() if not _only_looks_on(hook))
+                if away:
+                    taken.append((hooks, OrderedDict(hooks)))
+                    for key in away:
+                        del hooks[key]
+        yield
+    finally:
+        for hooks, before in taken:
+            new = {key: hook for key, hook in hooks.items() if key not in before}
+            hooks.clear()
+            hooks.update(before)
+            hooks.update(new)
+
+
+def _only_looks_on(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) in LOOKING_ON

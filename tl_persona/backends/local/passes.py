@@ -6,16 +6,17 @@ difference is all that is here. Which passes to run is `plan`'s work.
 
 import copy
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.backends.local.native import NativeParts, native_parts
-from tl_persona.errors import HookError
+from tl_persona.backends.local.trial import Trial, additive, known_trial, new_cache, trial_of
+from tl_persona.errors import HookError, InputError
 from tl_persona.models import HookedModel
 from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility, stop_layer
 from tl_persona.plan import Plan, Sharing
@@ -32,8 +33,19 @@ class Runner(Protocol):
     attention: str
     """How attention is computed in passes that take a shortcut: `stepwise`, as the model's class does, or `fused`."""
 
-    def applies(self, names: Sequence[str]) -> bool:
-        """Whether it can run passes that capture these hooks, on the model as it is now; asked once before a plan."""
+    @property
+    def limits(self) -> Mapping[Sharing, str]:
+        """Kinds of sharing that were tried on a few tokens in vain, with what was seen; empty before the trial."""
+
+    @property
+    def costs(self) -> Mapping[str, str]:
+        """What it computes although nobody reads it, with what was seen; empty before the trial."""
+
+    def prepare(self) -> None:
+        """Tries what the model takes, if that is not known yet."""
+
+    def obstacle(self, names: Sequence[str]) -> str | None:
+        """Why it cannot run passes that capture these hooks, on the model as it is now; asked once before a plan."""
 
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
@@ -65,11 +77,17 @@ class HookedRunner:
     sharing = Sharing.CACHED
     attention = "stepwise"
 
+    limits: Mapping[Sharing, str] = MappingProxyType({})
+    costs: Mapping[str, str] = MappingProxyType({})
+
     def __init__(self, model: HookedModel) -> None:
         self._model = model
 
-    def applies(self, names: Sequence[str]) -> bool:
-        return True
+    def prepare(self) -> None:
+        """The class has one signature, and what it does not take it refuses."""
+
+    def obstacle(self, names: Sequence[str]) -> str | None:
+        return None
 
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
@@ -112,34 +130,40 @@ def _expanded(cache: Any, n_rows: int) -> Any:
 class BridgeRunner:
     """Passes on a `TransformerBridge`, through the Hugging Face cache and masks of the model it wraps."""
 
+    sharing = Sharing.PACKED
     attention = "stepwise"
 
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._original: Any = model.original_model  # type: ignore[attr-defined]
-        accepted = inspect.signature(self._original.forward).parameters
-        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-        # Attentions, caches and most logits are read by nobody here.
-        self._arguments: dict[str, Any] = {"return_type": None, "return_cache_object": False}
-        if "logits_to_keep" in accepted:
-            self._arguments["logits_to_keep"] = 1
-        if "output_attentions" in accepted or anything:
-            self._arguments["output_attentions"] = False
-        self._takes_use_cache = "use_cache" in accepted
-        if not {"past_key_values", "use_cache"} <= set(accepted):
-            self.sharing = Sharing.NONE
-        elif not {"position_ids", "attention_mask"} <= set(accepted):
-            self.sharing = Sharing.CACHED
-        else:
-            self.sharing = Sharing.PACKED
+        self._trial = known_trial(model)
 
-    def applies(self, names: Sequence[str]) -> bool:
-        return True
+    @property
+    def limits(self) -> Mapping[Sharing, str]:
+        return {} if self._trial is None else self._trial.limits
+
+    @property
+    def costs(self) -> Mapping[str, str]:
+        return {} if self._trial is None else self._trial.costs
+
+    def prepare(self) -> None:
+        if self._trial is None or not self._trial.lasting:
+            self._trial = trial_of(self._model)
+
+    def _tried(self) -> Trial:
+        if self._trial is None:
+            self._trial = trial_of(self._model)
+        return self._trial
+
+    def obstacle(self, names: Sequence[str]) -> str | None:
+        return None
 
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
     ) -> tuple[Mapping[str, Tensor], Any]:
-        return self._run(plan, each, names, context, context_length, dict(self._arguments))
+        trial = self._tried()
+        with trial.renamed(self._model):
+            return self._run(plan, each, names, context, context_length, trial, trial.arguments)
 
     def _run(
         self,
@@ -148,26 +172,31 @@ class BridgeRunner:
         names: Sequence[str],
         context: Any,
         context_length: int,
-        arguments: dict[str, Any],
+        trial: Trial,
+        quiet: Mapping[str, Any],
     ) -> tuple[Mapping[str, Tensor], Any]:
         tokens = pass_tokens(plan, each).to(self._model.cfg.device)
+        arguments = dict(quiet)
         past: Any = None
         if each.kept:
-            from transformers import DynamicCache
-
-            past = DynamicCache(config=self._original.config)
+            past = new_cache(self._original)
         elif context is not None:
             past = _continued(context, len(each.rows))
         if past is not None:
-            arguments["past_key_values"] = past
-        elif self._takes_use_cache:
-            arguments["use_cache"] = False
+            if trial.cache_name is None:
+                raise InputError(f"the model continues no cache: {trial.limits[Sharing.CACHED]}")
+            arguments |= {trial.cache_name: past, "use_cache": True}
         if needs_mask(plan, each):
             arguments["position_ids"] = pass_positions(each).to(tokens.device)
             visible = pass_visibility(each, context_length).to(tokens.device)
-            arguments["attention_mask"] = _additive(visible, self._original.dtype)
+            arguments["attention_mask"] = additive(visible, self._original.dtype)
         _, captured = self._model.run_with_cache(
-            tokens, names_filter=list(names), stop_at_layer=stop_layer(names), **arguments
+            tokens,
+            return_type=None,
+            return_cache_object=False,
+            names_filter=list(names),
+            stop_at_layer=stop_layer(names),
+            **arguments,
         )
         return captured, past if each.kept else None
 
@@ -184,10 +213,16 @@ class FusedBridgeRunner(BridgeRunner):
         super().__init__(model)
         self._parts: NativeParts | None = None
 
-    def applies(self, names: Sequence[str]) -> bool:
-        self._parts = native_parts(self._model)
+    def obstacle(self, names: Sequence[str]) -> str | None:
+        parts = native_parts(self._model)
+        if isinstance(parts, str):
+            self._parts = None
+            return parts
+        self._parts = parts
         hook_dict = self._model.hook_dict
-        return self._parts is not None and self._parts.unobserved(hook_dict.get(name) for name in names)
+        if parts.unobserved(hook_dict.get(name) for name in names):
+            return None
+        return "a hook lies inside attention or a norm"
 
     def run(
         self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
@@ -196,11 +231,9 @@ class FusedBridgeRunner(BridgeRunner):
         # A hook may have come since the plan began, with whoever takes the samples one by one.
         if not shortcut or self._parts is None or not self._parts.unobserved():
             return super().run(plan, each, names, context, context_length)
-        arguments = dict(self._arguments)
-        if "logits_to_keep" in arguments:  # positions by index, and none of them: the unembedding reads all its weights
-            arguments["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=self._model.cfg.device)
+        trial = self._tried()
         with self._parts.in_place():
-            return self._run(plan, each, names, context, context_length, arguments)
+            return self._run(plan, each, names, context, context_length, trial, trial.without_logits)
 
 
 def _continued(cache: Any, n_rows: int) -> Any:
@@ -235,11 +268,6 @@ def _forgetful_layer() -> Any:
             return appended
 
     return ForgetfulLayer
-
-
-def _additive(visible: Bool[Tensor, "row pos key"], dtype: torch.dtype) -> Float[Tensor, "row 1 pos key"]:
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def capture_of(captured: Mapping[str, Tensor], name: str) -> Float[Tensor, "..."]:

@@ -101,33 +101,52 @@ class Prover:
 
     def settle(self, plan: Plan, names: Sequence[str]) -> Settled:
         """The plan, or one with less sharing where its shortcuts are not exact on this model, and who runs it."""
-        fallbacks: list[str] = []
+        plain = self._runners[-1]
+        plain.prepare()
+        fallbacks = [self._told(what, seen, f"{what}: {seen}") for what, seen in plain.costs.items()]
         while taken := shortcuts(plan, self._critical):
-            failures: list[tuple[str, str]] = []
+            shares = any(regime.shares for regime in taken)
+            if shares and plan.sharing in plain.limits:
+                plan = self._within_limits(plan, fallbacks)
+                continue
+            failures: list[tuple[str, str, str]] = []
             for runner in self._runners:
-                if not runner.applies(names):
+                obstacle = runner.obstacle(names)
+                if obstacle is not None:
+                    failures.append((runner.attention, "cannot be used", obstacle))
                     continue
                 verdicts = (self._verdict(runner, plan, regime, taken[regime], names) for regime in taken)
                 # Lazily: what comes after the first failure need not be proven.
                 failed = next((verdict for verdict in verdicts if not verdict.holds), None)
-                if failed is None and not any(regime.shares for regime in taken):
-                    return Settled(plan, self._runners[-1], _noted({"sharing": str(Sharing.NONE)}, fallbacks))
+                if failed is None and not shares:
+                    return Settled(plan, plain, _noted(_unshared(fallbacks), fallbacks))
                 if failed is None:
-                    for attention, reason in failures:
-                        fallbacks.append(self._told(f"{attention} attention", reason, "the bridge's own"))
+                    for attention, what, reason in failures:
+                        fallbacks.append(self._lost(f"{attention} attention", what, reason, "the bridge's own"))
                     # The limit, not the figure: what is written must not depend on which sample came first.
                     notes = {"sharing": str(plan.sharing), "proof": f"within {tolerance_of(self._facts.dtype):.0e}"}
                     return Settled(plan, runner, _noted(notes, fallbacks, runner))
-                failures.append((runner.attention, failed.reason))
+                failures.append((runner.attention, "is not exact", failed.reason))
             # Without any shortcut inside the pass it is not exact either: the sharing is at fault.
             what, less = _NAMES[plan.sharing], next_best(plan)
             alone = plan.sharing is Sharing.NONE
-            fallbacks.append(self._told(what, failures[-1][1], "one whole text a pass" if alone else str(less.sharing)))
+            instead = "one whole text a pass" if alone else str(less.sharing)
+            fallbacks.append(self._lost(what, "is not exact", failures[-1][2], instead))
             plan = less
-        return Settled(plan, self._runners[-1], _noted({"sharing": str(Sharing.NONE)}, fallbacks))
+        return Settled(plan, plain, _noted(_unshared(fallbacks), fallbacks))
+
+    def _within_limits(self, plan: Plan, fallbacks: list[str]) -> Plan:
+        """The plan with as much sharing as the model was found to be capable of with a few tokens."""
+        limits = self._runners[-1].limits
+        kind, less = (Sharing.CACHED, Sharing.NONE) if Sharing.CACHED in limits else (Sharing.PACKED, Sharing.CACHED)
+        fallbacks.append(self._lost(str(kind), "is not possible", limits[kind], str(less)))
+        return plan.with_sharing(less)
 
     def foreseen(self, plan: Plan) -> Plan:
         """The plan, or one with less sharing where it is known already that it will not do."""
+        limits = self._runners[-1].limits
+        while plan.sharing in limits:
+            plan = next_best(plan)
         while any(
             all(self._known_to_fail(runner, regime) for runner in self._runners)
             for regime in shortcuts(plan, self._critical)
@@ -144,18 +163,17 @@ class Prover:
         attention = runner.attention if regime.shares else self._runners[-1].attention
         return self._facts.dtype, attention, regime
 
-    def _told(self, what: str, reason: str, instead: str) -> str:
-        """Warns of a failure, once a model, and gives its note."""
+    def _lost(self, what: str, how: str, reason: str, instead: str) -> str:
+        """Warns of a shortcut that is not taken, once a model, and gives its note."""
+        subject = f"{what} prefixes" if what in (Sharing.PACKED, Sharing.CACHED) else what
+        message = f"{subject} {how} here ({reason}): falling back to {instead}, which is slower"
+        return self._told(what, message, f"{what}: {reason}")
+
+    def _told(self, what: str, message: str, note: str) -> str:
         if (self._facts.dtype, what) not in self._memory.told:
             self._memory.told.add((self._facts.dtype, what))
-            logging.getLogger("tl_persona").warning(
-                "%s: %s is not exact here (%s): falling back to %s, which is slower",
-                self._facts.name,
-                f"{what} prefixes" if what in (Sharing.PACKED, Sharing.CACHED) else what,
-                reason,
-                instead,
-            )
-        return f"{what}: {reason}"
+            logging.getLogger("tl_persona").warning("%s: %s", self._facts.name, message)
+        return note
 
     def _verdict(self, runner: Runner, plan: Plan, regime: Regime, shortcut: Shortcut, names: Sequence[str]) -> Verdict:
         verdicts = self._memory.verdicts
@@ -181,6 +199,14 @@ class Prover:
         blocks = range(self._facts.n_layers if stop is None else stop)
         residuals = [f"blocks.{block}.hook_resid_post" for block in blocks]
         return list(dict.fromkeys([*names, *(name for name in residuals if name in self._facts.hook_names)]))
+
+
+def _unshared(fallbacks: Sequence[str]) -> dict[str, Any]:
+    """Notes on a run that shares nothing, which never go without a reason."""
+    notes = {"sharing": str(Sharing.NONE)}
+    if not any(note.startswith(tuple(f"{name}:" for name in _NAMES.values())) for note in fallbacks):
+        notes["why"] = "no two texts share a beginning that is worth a pass"
+    return notes
 
 
 def _noted(notes: dict[str, Any], fallbacks: list[str], runner: Runner | None = None) -> dict[str, Any]:

@@ -1,0 +1,268 @@
+"""What a bridge's model takes, found by trying it with a few tokens.
+
+Releases of transformers rename arguments, and TransformerLens, which stands between, may look for the older name. A
+signature that has a name, or a version, does not tell whether a cache is continued or a mask obeyed: the residuals do.
+What is found limits what is tried on real texts; whether that is exact is `proof`'s work.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_persona import caches
+from tl_persona.backends.local.native import NativeParts, attentions, native_parts
+from tl_persona.backends.local.observers import without_hooks
+from tl_persona.errors import ModelError
+from tl_persona.exactness import tolerance_of
+from tl_persona.models import HookedModel
+from tl_persona.plan import Sharing
+
+_NO_POSITIONS = torch.zeros(0, dtype=torch.long)
+"""Which logits to compute: none."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one model takes.
+
+    Attributes:
+        arguments: For every pass: leave out what nobody reads.
+        without_logits: For a pass that takes a shortcut: the same, and no logits where that is possible.
+        cache_name: The argument that continues a cache; None where no way was found.
+        read_as: The name under which the bridge's attentions look for the cache, where it reaches them under another.
+        limits: For each kind of sharing that is not possible, what was seen.
+        costs: What is computed although nobody reads it, and what was seen.
+        lasting: False where NaN or infinity got in the way.
+    """
+
+    arguments: Mapping[str, Any]
+    without_logits: Mapping[str, Any]
+    cache_name: str | None = None
+    read_as: str | None = None
+    limits: Mapping[Sharing, str] = field(default_factory=dict)
+    costs: Mapping[str, str] = field(default_factory=dict)
+    lasting: bool = True
+
+    def renamed(self, model: Any) -> AbstractContextManager[None]:
+        """A block in which the bridge's own attentions find the cache."""
+        if self.cache_name is None or self.read_as is None:
+            return nullcontext()
+        return _renaming(model, self.cache_name, self.read_as)
+
+
+_TRIALS: "WeakKeyDictionary[Any, Trial]" = WeakKeyDictionary()
+
+
+def known_trial(model: HookedModel) -> Trial | None:
+    """What was found before; None where the model was not tried yet."""
+    return _TRIALS.get(model)
+
+
+def trial_of(model: HookedModel) -> Trial:
+    """What the model takes, tried at the first call; hooks of the caller's do not see the tokens that are tried."""
+    found = _TRIALS.get(model)
+    if found is None:
+        original: Any = model.original_model  # type: ignore[attr-defined]
+        roots: list[Any] = [model, original]
+        with torch.no_grad(), without_hooks(module for root in roots for module in root.modules()):
+            found = _Trier(model).trial()
+        if found.lasting:
+            _TRIALS[model] = found
+    return found
+
+
+class _Trier:
+    """Runs the tokens."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self._model = model
+        self._original: Any = model.original_model  # type: ignore[attr-defined]
+        self._names = [name for name in model.hook_dict if name.endswith(".hook_resid_post")]
+        self._tolerance = tolerance_of(str(self._original.dtype).removeprefix("torch."))
+        self._ids = torch.empty(0)
+        self._output: Any = None
+
+    def trial(self) -> Trial:
+        whole = self._first_finite()
+        if whole is None:
+            reason = "tokens that were tried gave NaN or infinity"
+            return Trial({}, {}, limits=dict.fromkeys((Sharing.PACKED, Sharing.CACHED), reason), lasting=False)
+        arguments, costs = self._quiet(whole)
+        without_logits = dict(arguments)
+        if "logits_to_keep" in arguments:
+            # By index, and none of them: the unembedding reads all its weights even for one position.
+            none = arguments | {"logits_to_keep": _NO_POSITIONS.to(self._ids.device)}
+            if self._same(whole, lambda: self._residuals(self._ids, **none)) is None:
+                without_logits = none
+        cache_name, read_as, seen = self._cache(whole, arguments)
+        limits: dict[Sharing, str] = {}
+        if cache_name is None:
+            limits = dict.fromkeys((Sharing.PACKED, Sharing.CACHED), f"it does not continue a cache ({seen})")
+        else:
+            flaw = self._same(self._second_ending(), lambda: self._side_by_side(arguments))
+            if flaw is not None:
+                limits = {Sharing.PACKED: f"it does not take positions and a mask of its own ({flaw})"}
+        return Trial(arguments, without_logits, cache_name, read_as, limits, costs)
+
+    def _first_finite(self) -> Tensor | None:
+        """Residuals of the first three tokens without NaN, which `_ids` then are."""
+        vocabulary = int(self._model.cfg.d_vocab)
+        for first in range(1, vocabulary, max(1, vocabulary // 7)):
+            ids = torch.arange(first, first + 3) % vocabulary
+            self._ids = ids[None].to(self._model.cfg.device)
+            whole = self._whole()
+            if bool(whole.isfinite().all()):
+                return whole
+        return None
+
+    def _whole(self) -> Tensor:
+        """Residuals of the tokens, without any argument that could be left out."""
+        failures = []
+        for arguments in ({}, {"output_attentions": False}):  # a bridge asks for patterns where nobody says not to
+            try:
+                return self._residuals(self._ids, **arguments)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # an architecture may refuse in any way
+                failures.append(error)
+        raise ModelError(
+            f"TransformerLens cannot run {type(self._original).__name__} with the installed transformers "
+            f"({type(failures[0]).__name__}: {failures[0]}): try another release of either"
+        ) from failures[0]
+
+    def _quiet(self, whole: Tensor) -> tuple[dict[str, Any], dict[str, str]]:
+        """Arguments that leave out what nobody reads, and those of them that do not."""
+        wanted: dict[str, tuple[Any, str, Callable[[], bool]]] = {
+            "logits_to_keep": (1, "all logits are computed", lambda: _n_positions(self._output) <= 1),
+            "output_attentions": (False, "attention patterns are kept", lambda: not _has_patterns(self._output)),
+            "use_cache": (False, "keys and values are kept", lambda: not _keeps(self._output)),
+        }
+        arguments, costs = {}, {}
+        for name, (value, cost, left_out) in wanted.items():
+            seen = self._same(whole, lambda chosen={name: value}: self._residuals(self._ids, **chosen))  # type: ignore[misc]
+            if seen is not None:
+                costs[name] = f"{cost}: {name}={value} does not do ({seen})"
+                continue
+            arguments[name] = value
+            if not left_out():
+                costs[name] = f"{cost}: {name}={value} has no effect"
+        return arguments, costs
+
+    def _cache(self, whole: Tensor, arguments: dict[str, Any]) -> tuple[str | None, str | None, str]:
+        """The name under which a cache goes in, the name under which attentions read it, and else what was seen."""
+        native = native_parts(self._model)
+        seen = []
+        for name in caches.NAMES:
+            ways: list[tuple[str | None, AbstractContextManager[None]]] = [(None, nullcontext())]
+            ways += [(other, _renaming(self._model, name, other)) for other in caches.NAMES if other != name]
+            if isinstance(native, NativeParts):
+                ways.append((None, native.in_place()))
+            for read_as, way in ways:
+                with way:
+                    flaw = self._same(whole[:, :, -1:], lambda name=name: self._continued(name, arguments))  # type: ignore[misc]
+                if flaw is None:
+                    return name, read_as, ""
+                seen.append(f"{name}: {flaw}" if read_as is None else f"{name} read as {read_as}: {flaw}")
+        return None, None, f"{seen[0]}, and {len(seen) - 1} other ways did not do either"
+
+    def _continued(self, name: str, arguments: dict[str, Any]) -> Tensor:
+        """Residuals of the last token, the others being in a cache."""
+        cache = new_cache(self._original)
+        chosen = {**arguments, "use_cache": True, name: cache}
+        self._residuals(self._ids[:, :-1], **chosen)
+        return self._residuals(self._ids[:, -1:], **chosen)
+
+    def _second_ending(self) -> Tensor:
+        return self._residuals(self._ids[:, [0, 2]])[:, :, -1:]
+
+    def _side_by_side(self, arguments: dict[str, Any]) -> Tensor:
+        """Residuals of the last token as the second of a text, beside another second token."""
+        visible = torch.tensor([[True, False, False], [True, True, False], [True, False, True]])[None]
+        positions = torch.tensor([[0, 1, 1]], device=self._ids.device)
+        mask = additive(visible.to(self._ids.device), self._original.dtype)
+        return self._residuals(self._ids, **arguments, position_ids=positions, attention_mask=mask)[:, :, -1:]
+
+    def _residuals(self, ids: Tensor, **arguments: Any) -> Float[Tensor, "hook row pos d_model"]:
+        handle = self._original.register_forward_hook(self._look_at)
+        try:
+            _, captured = self._model.run_with_cache(
+                ids, return_type=None, return_cache_object=False, names_filter=self._names, **arguments
+            )
+        finally:
+            handle.remove()
+        return torch.stack([captured[name].cpu().double() for name in self._names])
+
+    def _look_at(self, _module: Any, _args: Any, output: Any) -> None:
+        self._output = output
+
+    def _same(self, expected: Tensor, run: Callable[[], Tensor]) -> str | None:
+        """What was seen instead of the expected residuals; None where it is they."""
+        try:
+            got = run()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an architecture may refuse in any way
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if got.shape != expected.shape:
+            return f"residuals of shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+        errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+        worst = float(errors.max())
+        return None if worst <= self._tolerance else f"residuals differ by {worst:.1e}"
+
+
+def _values(output: Any) -> list[Any]:
+    return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []
+
+
+def _n_positions(output: Any) -> int:
+    """Positions that the logits, the first of a model's outputs with three axes, were computed for."""
+    return next((value.shape[1] for value in _values(output) if isinstance(value, Tensor) and value.ndim == 3), 0)
+
+
+def _has_patterns(output: Any) -> bool:
+    return any(
+        isinstance(one, Tensor) and one.ndim == 4 and one.shape[-1] == one.shape[-2]
+        for value in _values(output)
+        if isinstance(value, tuple | list)
+        for one in value
+    )
+
+
+def _keeps(output: Any) -> bool:
+    return bool(caches.tokens_held(caches.first_cache(_values(output))))
+
+
+def new_cache(original: Any) -> Any:
+    """An empty cache that fits a transformers model."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=original.config)
+
+
+def additive(visible: Bool[Tensor, "row pos key"], dtype: torch.dtype) -> Float[Tensor, "row 1 pos key"]:
+    """A mask as transformers adds it to attention scores."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+@contextmanager
+def _renaming(model: Any, name: str, read_as: str) -> Iterator[None]:
+    """The attentions of a bridge are handed an argument under the name that they look for."""
+
+    def rename(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if name not in kwargs:
+            return None
+        kwargs = dict(kwargs)
+        kwargs[read_as] = kwargs.pop(name)
+        return args, kwargs
+
+    with ExitStack() as stack:
+        for attention in attentions(model):
+            stack.callback(attention.register_forward_pre_hook(rename, with_kwargs=True).remove)
+        yield
