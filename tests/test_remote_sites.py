@@ -104,3 +104,39 @@ def test_hooks_are_read_in_the_order_the_model_reaches_them() -> None:
     sites = Sites(model)
     wanted = ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.0.hook_attn_out", "blocks.0.hook_resid_post"]
     assert sites.in_order(wanted) == [2, 1, 3, 0]
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("known", ["past_key_values", "cache", None])
+def test_the_name_that_a_server_has_for_a_cache_is_found_by_trying(
+    known: str | None, tiny_model: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_model("llama")
+    weights = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # What this release calls it, so that a made-up server can call it something else.
+    own = "cache" if "cache" in weights(torch.tensor([[5, 6]]), use_cache=True) else "past_key_values"
+    forward = weights.forward
+
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        caches = {name: kwargs.pop(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
+        return forward(*args, **kwargs, **({own: caches[known]} if known in caches else {}))
+
+    weights.forward = renamed
+    here = open_backend(TransformersModel(weights, tokenizer=copy.deepcopy(tokenizer), task="text-generation"))
+    beginning = torch.arange(20, 120)
+    texts = [
+        Sample(str(n), torch.cat([beginning, torch.arange(30 + n, 40 + n)]), torch.ones(1, 110).bool())
+        for n in range(6)
+    ]
+    hooks = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+    with caplog.at_level("WARNING", logger="tl_persona"):
+        found = dict(here.pool(here.plan(texts, batch_tokens=64), hooks))
+    lens = open_backend(load_model(folder, kind="bridge"))
+    for index, means in lens.pool(lens.plan(texts), hooks):
+        assert relative_error(found[index], means) < 1e-5
+    told = [record.getMessage() for record in caplog.records if "on the server" in record.getMessage()]
+    if known is None:
+        assert here.notes["sharing"] == "none" and len(told) == len(here.notes["fallbacks"]) == 2
+    else:
+        assert here.notes["sharing"] != "none" and not told and "fallbacks" not in here.notes

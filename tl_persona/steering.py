@@ -99,11 +99,12 @@ def attach(model: HookedModel, interventions: Iterable[Intervention]) -> Iterato
     Raises:
         HookError: The model has no such hook, or an edit there would not be felt.
         InputError: There is no intervention, a direction has another width, or the model has no hooks. While the model
-            runs: a position lies outside a text, or cannot be told (see `steering_positions.select`).
+            runs: a position lies outside a text, or cannot be told (see `steering_positions.select`); or a bridge goes
+            on with a key-value cache that did not take up what ran before.
 
     Example:
         with attach(model, [Intervention("blocks.3.hook_resid_post", direction, 4.0)]):
-            print(model.generate("How are you?"))
+            print(generate(model, ["How are you?"], max_new_tokens=20)[0].text)
     """
     plan = [(wanted, hook_point(model, wanted.hook_name, wanted.direction)) for wanted in interventions]
     if not plan:

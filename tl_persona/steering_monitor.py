@@ -105,7 +105,7 @@ def monitor(
 
     Example:
         with monitor(model, vectors) as seen:
-            model.generate("How are you?")
+            generate(model, ["How are you?"], max_new_tokens=20)
         print(seen.texts("refusal")[-1])
     """
     named = dict(directions) if isinstance(directions, Mapping) else _named(directions)

@@ -192,7 +192,7 @@ class RemoteBackend:
 
         shared = self._learned.proof.proven(part, hook_names, run)
         self._shared |= any(each.context is not None or each.packed for each in shared.passes)
-        return run(payload_of(shared, slots, n_slots))
+        return run(payload_of(shared, slots, n_slots, self._learned.proof.cache_name))
 
     def _chunked(self, payload: Payload, hook_names: Sequence[str]) -> SlotSums:
         """The blocks a few at a time, each request entering with the residual that the one before it left."""
@@ -225,6 +225,10 @@ class RemoteBackend:
         notes: dict[str, Any] = {"sharing": str(proof.sharing if shares else Sharing.NONE)}
         if shares:
             notes["proof"] = f"within {proof.tolerance:.0e}"
+        elif not appetite.whole:
+            notes["why"] = "the server has too little memory to run all blocks at once"
+        elif not proof.fallbacks:
+            notes["why"] = "no two texts share a beginning that is worth a pass"
         if proof.fallbacks:
             notes["fallbacks"] = list(proof.fallbacks)
         if not appetite.whole:

@@ -30,13 +30,15 @@ class Payload:
             will do; `rows`; `kept` and `context`, as in `plan.Pass`; `used`, the selected tokens among row * pos;
             `weights` (slot, selected), float32.
         n_slots: Number of sums.
+        cache_name: The argument that continues a cache, as the server's transformers calls it.
     """
 
     passes: tuple[dict[str, Any], ...]
     n_slots: int
+    cache_name: str = "past_key_values"
 
 
-def payload_of(plan: Plan, slots: Slots, n_slots: int) -> Payload:
+def payload_of(plan: Plan, slots: Slots, n_slots: int, cache_name: str = "past_key_values") -> Payload:
     """The passes of a plan, with every sample's masks averaged and added to their slots."""
     passes = []
     for each in plan.passes:
@@ -56,7 +58,7 @@ def payload_of(plan: Plan, slots: Slots, n_slots: int) -> Payload:
                 "weights": weights[:, used],
             }
         )
-    return Payload(tuple(passes), n_slots)
+    return Payload(tuple(passes), n_slots, cache_name)
 
 
 def _weights(plan: Plan, each: Pass, slots: Slots, n_slots: int) -> Float[Tensor, "slot token"]:

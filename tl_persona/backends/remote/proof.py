@@ -4,6 +4,7 @@ A server does not say how its model masks or positions texts that share a row or
 pass is run once both ways, in one request (`witness`), and what differs is not used again.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 from tl_persona.backends.remote.payload import Payload, payload_of
@@ -11,6 +12,9 @@ from tl_persona.backends.remote.witness import Kind, kinds_of, reach_of, witness
 from tl_persona.errors import RemoteRefusedError
 from tl_persona.plan import Plan, Sharing
 from tl_persona.tensors import SlotSums
+
+_CACHE_NAMES = ("past_key_values", "cache")
+"""Tried in this order: servers lag behind, and the older name goes into both for now."""
 
 _NEXT_BEST = {Sharing.PACKED: Sharing.CACHED, Sharing.CACHED: Sharing.NONE}
 
@@ -24,6 +28,7 @@ class Proof:
     Attributes:
         sharing: The most that was not refuted.
         fallbacks: What was, and why, in order.
+        cache_name: The argument that continues a cache on the server.
         tolerance: See the argument.
     """
 
@@ -31,6 +36,7 @@ class Proof:
         self.sharing = Sharing.PACKED
         self.fallbacks: list[str] = []
         self.tolerance = tolerance
+        self.cache_name = _CACHE_NAMES[0]
         self._reaches: dict[tuple[Sharing, Kind, frozenset[str]], int] = {}  # how many keys each was proven with
 
     def proven(self, part: Plan, hook_names: Sequence[str], run: Callable[[Payload], SlotSums]) -> Plan:
@@ -59,16 +65,29 @@ class Proof:
                 self._reaches |= {(self.sharing, kind, hooks): reaches[kind] for kind in todo}
                 return plan
             self.fallbacks.append(f"{self.sharing}: {flaw}")
-            self.sharing = _NEXT_BEST[self.sharing]
+            less = _NEXT_BEST[self.sharing]
+            logging.getLogger("tl_persona").warning(
+                "%s prefixes are not exact on the server (%s): falling back to %s, which is slower",
+                self.sharing,
+                flaw,
+                less,
+            )
+            self.sharing = less
 
     def _flaw(self, plan: Plan, chosen: Sequence[int], run: Callable[[Payload], SlotSums]) -> str | None:
         """Why passes of a plan cannot be trusted on the server's model; None where they can."""
         witness = witness_of(plan, chosen)
-        try:
-            sums = run(payload_of(witness.plan, witness.slots, witness.n_slots))
-        except RemoteRefusedError as refusal:
-            return str(refusal)
-        error = witness.error(sums)
-        if error <= self.tolerance:
-            return None
-        return f"differs by {error:.1e} from a text run alone, more than {self.tolerance:.0e}"
+        flaw = None
+        # A name that was right once is the server's.
+        for name in [self.cache_name] if self._reaches else _CACHE_NAMES:
+            try:
+                sums = run(payload_of(witness.plan, witness.slots, witness.n_slots, name))
+            except RemoteRefusedError as refusal:
+                flaw = flaw or str(refusal)
+                continue
+            error = witness.error(sums)
+            if error <= self.tolerance:
+                self.cache_name = name
+                return None
+            flaw = flaw or f"differs by {error:.1e} from a text run alone, more than {self.tolerance:.0e}"
+        return flaw

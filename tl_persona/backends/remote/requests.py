@@ -76,7 +76,7 @@ class Requests:
         host = self._model.settings.host if self._model.settings else None
         return request_digest(
             [host, self._model.model_key, self._model.revision],
-            [payload.passes, [tuple(site) for site in sites]],
+            [payload.passes, payload.cache_name, [tuple(site) for site in sites]],
             [chunk.start, chunk.stop, chunk.entries, chunk.leave],
         )
 
@@ -89,7 +89,12 @@ class Requests:
     def _result(self, payload: Payload, sites: Sequence[Site], chunk: Chunk, digest: str | None) -> dict[str, Any]:
         model, blocks = self._model.nnsight_model, self._sites.blocks
         if self._jobs is None:
-            return run_passes(model, payload, sites, blocks, chunk)
+            try:
+                return run_passes(model, payload, sites, blocks, chunk)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # as a server puts it: whatever the model raises ends the request
+                raise RemoteRefusedError(f"the model raised {type(error).__name__}: {error}") from error
         tokens = sum(each["ids"].numel() for each in payload.passes)
         numbers = payload.n_slots * len(sites) + (tokens if chunk.leave else 0)
         saved = self._jobs.run(

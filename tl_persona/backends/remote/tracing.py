@@ -68,7 +68,7 @@ def run_passes(
         `sums`, shape (slot, hook, d_model), float32; `residuals`, one a pass where the chunk leaves any; `tuples`,
         whether the blocks put out tuples; `dtype` of the parameters. Empty where the backend only takes the request.
     """
-    passes, n_slots = payload.passes, payload.n_slots
+    passes, n_slots, cache_name = payload.passes, payload.n_slots, payload.cache_name
     places = [(envoy_at(model, site.module), site.side) for site in sites]
     layers = envoy_at(model, blocks)
     start, stop, entries, leave = chunk.start, chunk.stop, list(chunk.entries), chunk.leave
@@ -106,7 +106,7 @@ def run_passes(
                             length = past.get_seq_length()
                             inputs["attention_mask"] = torch.ones(each["rows"], length + each["ids"].shape[1]).long()
                     inputs["use_cache"] = True
-                    inputs["past_key_values"] = past
+                    inputs[cache_name] = past
                     if each["kept"]:
                         caches[number] = past
                 with model.trace(inputs) as tracer:
