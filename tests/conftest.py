@@ -17,6 +17,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import releases
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -24,17 +25,27 @@ hypothesis.settings.load_profile("untimed")
 HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
 
 
+def pytest_report_header() -> str:
+    return "releases: " + ", ".join(f"{name} {version}" for name, version in releases.installed().items())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a `HookedTransformer` where TransformerLens has none: the run on 3.x has those tests."""
+    """Leave out what needs a `HookedTransformer` where TransformerLens has none, and what is heavy unless asked for."""
     kept, left_out = [], []
     for item in items:
         if item.get_closest_marker("hooked"):
             item.add_marker("tl")
         wanted = HAS_HOOKED_TRANSFORMER or not item.get_closest_marker("hooked")
+        wanted = wanted and ("TL_PERSONA_HEAVY" in os.environ or not item.get_closest_marker("heavy"))
         (kept if wanted else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if "TL_PERSONA_RESULT" in os.environ:
+        releases.leave_result(Path(os.environ["TL_PERSONA_RESULT"]), config.option.markexpr, terminalreporter.stats)
 
 
 @pytest.fixture
