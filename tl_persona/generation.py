@@ -77,17 +77,6 @@ def generate(
         InputError: A prompt is none of these, empty, or with the new tokens longer than the model's context.
         PromptError: The template cannot render a chat.
         ModelError: The model cannot be used.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import TemporaryDirectory
-        >>> from tiny import build_tiny
-        >>> from tl_persona import load_model
-        >>> with TemporaryDirectory() as folder:
-        ...     model = load_model(build_tiny("llama", Path(folder)))
-        >>> (said,) = generate(model, [[{"role": "user", "content": "Who are you?"}]], max_new_tokens=3)
-        >>> said.prompt, len(said.ids), said.stopped
-        (0, 3, 'length')
     """
     from tl_persona.backends.local import LocalBackend
     from tl_persona.backends.local.decoding import continue_greedily, stop_ids_of
