@@ -29,6 +29,7 @@ SHOWN_ON_A_PAGE = {
     "extract_caa_vector": "README.md",
     "extract_caa_vectors": "docs/steering-vectors.md",
     "attach": "docs/steering.md",
+    "generate": "README.md",
     "monitor": "docs/steering.md",
     "prepare_inputs": "docs/masks.md",
     "PreparedInput": "docs/masks.md",

@@ -119,7 +119,23 @@ def pool(
     """The pooled means of every sample, in the order of the samples, and the notes on how they came about."""
     backend = open_backend(model)
     pooled = dict(backend.pool(backend.plan(samples, **limits), hooks))
+    assert_nothing_is_lost_in_silence(backend.notes)
     return [pooled[index] for index in range(len(samples))], backend.notes
+
+
+def assert_nothing_is_lost_in_silence(notes: Mapping[str, Any]) -> None:
+    """Whatever of its class a run did without has a reason in its notes."""
+    reasons = {"packed": ("packed", "cached", "batching"), "fused": ("fused attention",)}
+    told = [note.split(": ")[0] for note in notes.get("fallbacks", [])]
+    if notes.get("hooks") == "of the caller":  # by design
+        assert notes["sharing"] == "none"
+    elif notes["sharing"] == "none":
+        assert "why" in notes or any(name in reasons["packed"] for name in told), notes
+    elif notes["model_class"] == "TransformerBridge":
+        assert notes["sharing"] == "packed" or any(name in reasons["packed"] for name in told), notes
+        assert notes.get("attention") == "fused" or any(name in reasons["fused"] for name in told), notes
+    else:
+        assert notes["sharing"] == "cached", notes
 
 
 def plain(model: Any, samples: Sequence[Sample], hooks: Sequence[str] = tuple(ALL_LAYERS)) -> list[Tensor]:
@@ -380,6 +396,7 @@ def test_a_hook_that_is_asked_for_inside_attention_is_read_there(tiny_hooked: Bo
     hooks = ["blocks.1.attn.o.hook_out", "blocks.1.hook_attn_out"]
     means, notes = pool(model, samples, hooks)
     assert "attention" not in notes
+    assert notes["fallbacks"] == ["fused attention: a hook lies inside attention or a norm"]
     for got, expected in zip(means, pool(model, samples, hooks[1:])[0], strict=True):
         assert relative_error(got, expected[:, [0, 0]]) < 1e-5
 
@@ -634,6 +651,24 @@ def test_a_spoiled_sample_is_named_and_does_not_condemn_the_model(kind: str, tin
         pool(model, [*clean[:2], spoiled, *clean[3:]])
     _, notes = pool(model, clean)
     assert notes["sharing"] == ("packed" if kind == "bridge" else "cached") and "fallbacks" not in notes
+
+
+def test_nan_that_only_sharing_gives_is_told_and_the_texts_run_alone(
+    tiny_model: Callable[[str], Path],
+    tiny_hf: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = load_model(tiny_model("llama"), kind="bridge")
+    pool(model, persona())  # proven, before it breaks
+    doubles = [Double(runner, Sharing.PACKED, BROKEN["NaN in the last hook"]) for runner in passes.runners_for(model)]
+    monkeypatch.setattr(local_backend, "runners_for", lambda _: doubles)
+    with caplog.at_level(logging.WARNING, logger="tl_persona"):
+        notes = assert_exact(model, tiny_hf("llama"), persona())
+    assert notes["sharing"] == "none"
+    assert notes["fallbacks"] == ["packed: NaN or infinity, which the same texts alone do not have"]
+    (record,) = [record for record in caplog.records if record.name == "tl_persona"]
+    assert "NaN or infinity" in record.getMessage()
 
 
 @BOTH_KINDS

@@ -80,6 +80,8 @@ RENAMED = {
     "attention_mask": ("attention_mask",),
     "logits_to_keep": ("logits_to_keep",),
     "output_attentions": ("output_attentions",),
+    "stop_at_layer": ("stop_at_layer",),
+    "names_filter": ("names_filter",),
     "everything": (*CACHES, "use_cache", "position_ids", "attention_mask", "logits_to_keep", "output_attentions"),
 }
 
@@ -89,21 +91,27 @@ RENAMED = {
 def test_an_argument_that_the_model_no_longer_knows_is_told_and_changes_no_number(
     what: str, unknown: str, model: Any, expected: list[Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    original = model.original_model
-    forward = original.forward
+    forward, run = model.original_model.forward, model.run_with_cache
 
-    def renamed(*args: Any, **kwargs: Any) -> Any:
-        gone = [name for name in RENAMED[what] if name in kwargs]
-        if gone and unknown == "is an error":
-            raise TypeError(f"forward() got an unexpected keyword argument {gone[0]!r}")
-        return forward(*args, **{name: value for name, value in kwargs.items() if name not in gone})
+    def without(call: Callable[..., Any]) -> Callable[..., Any]:
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            gone = [name for name in RENAMED[what] if name in kwargs]
+            if gone and unknown == "is an error":
+                raise TypeError(f"forward() got an unexpected keyword argument {gone[0]!r}")
+            return call(*args, **{name: value for name, value in kwargs.items() if name not in gone})
 
-    original.forward = renamed
+        return renamed
+
+    model.original_model.forward = without(forward)
+    if what in ("stop_at_layer", "names_filter"):
+        model.run_with_cache = without(run)
     with caplog.at_level(logging.WARNING, logger="tl_persona"):
         try:
             means, notes = pooled(model)
-        except ModelError as error:  # a bridge passes this one by itself, and cannot run without it
-            assert "output_attentions" in RENAMED[what] and unknown == "is an error"
+        except ModelError as error:  # without these a bridge cannot run
+            assert {"output_attentions", "names_filter", "stop_at_layer"} & {
+                *RENAMED[what]
+            } and unknown == "is an error"
             assert "TransformerLens cannot run LlamaForCausalLM with the installed transformers" in str(error)
             return
     for got, right in zip(means, expected, strict=True):
@@ -120,6 +128,28 @@ def test_an_argument_that_the_model_no_longer_knows_is_told_and_changes_no_numbe
     with caplog.at_level(logging.WARNING, logger="tl_persona"):
         assert pooled(model)[1]["fallbacks"] == notes["fallbacks"]
     assert len(warnings_in(caplog)) == len(notes["fallbacks"])  # once a model
+
+
+@pytest.mark.parametrize("name", ["original_component", "hook_in"])
+def test_a_part_of_attention_that_another_release_calls_otherwise_is_left_alone_and_that_is_said(
+    name: str,
+    model: Any,
+    expected: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from tl_persona.backends.local import native
+
+    def renamed(*_: Any) -> Any:
+        raise AttributeError(f"'AttentionBridge' object has no attribute {name!r}")
+
+    monkeypatch.setattr(native, "_config_of" if name == "original_component" else "_own_forward", renamed)
+    with caplog.at_level(logging.WARNING, logger="tl_persona"):
+        means, notes = pooled(model)
+    for got, right in zip(means, expected, strict=True):
+        assert relative_error(got, right) < 1e-5
+    (fallback,) = notes["fallbacks"]
+    assert fallback.startswith("fused attention: ") and name in fallback and len(warnings_in(caplog)) == 1
 
 
 def test_a_model_that_does_not_say_that_attention_can_be_fused_runs_stepwise_and_says_so(

@@ -31,6 +31,11 @@ class Generation:
         ids: The new tokens only, with the one that ended the text.
         text: They as text, without special tokens.
         stopped: `eos` where a token ended the text, `length` where `max_new_tokens` did.
+
+    Example:
+        >>> said = Generation(prompt=0, sample=0, ids=torch.tensor([5, 2]), text="Hi", stopped="eos")
+        >>> said.text, len(said.ids)
+        ('Hi', 2)
     """
 
     prompt: int
@@ -58,7 +63,7 @@ def generate(
         model: A `HookedTransformer`, a `TransformerBridge` or a transformers model.
         prompts: A `str` is raw text, which the tokenizer gives its special tokens. A list of messages is a chat, which
             the template renders up to where the answer begins; one that ends with an assistant's message is continued.
-            A 1-D tensor has the ids themselves.
+            A tensor of shape (pos,) has the ids themselves.
         tokenizer: Used in place of the model's own.
         template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
         max_new_tokens: The most tokens that are generated for a prompt. A text ends before at a token that the
@@ -72,17 +77,6 @@ def generate(
         InputError: A prompt is none of these, empty, or with the new tokens longer than the model's context.
         PromptError: The template cannot render a chat.
         ModelError: The model cannot be used.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import TemporaryDirectory
-        >>> from tiny import build_tiny
-        >>> from tl_persona import load_model
-        >>> with TemporaryDirectory() as folder:
-        ...     model = load_model(build_tiny("llama", Path(folder)))
-        >>> (said,) = generate(model, [[{"role": "user", "content": "Who are you?"}]], max_new_tokens=3)
-        >>> said.prompt, len(said.ids), said.stopped
-        (0, 3, 'length')
     """
     from tl_persona.backends.local import LocalBackend
     from tl_persona.backends.local.decoding import continue_greedily, stop_ids_of

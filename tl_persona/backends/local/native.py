@@ -64,6 +64,13 @@ def native_parts(model: Any) -> NativeParts | str:
     computes with weights of its own (a joint projection that it has split, processed weights), and where somebody has
     changed how attention is computed already.
     """
+    try:
+        return _native_parts(model)
+    except AttributeError as error:  # a name that another release has
+        return f"the installed TransformerLens and transformers are not known here ({error})"
+
+
+def _native_parts(model: Any) -> NativeParts | str:
     if not getattr(model.original_model, "_supports_sdpa", False):
         return "transformers has no fused attention for this architecture"
     if getattr(model, "compatibility_mode", False):

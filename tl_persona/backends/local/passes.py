@@ -190,13 +190,10 @@ class BridgeRunner:
             arguments["position_ids"] = pass_positions(each).to(tokens.device)
             visible = pass_visibility(each, context_length).to(tokens.device)
             arguments["attention_mask"] = additive(visible, self._original.dtype)
+        if trial.stops:
+            arguments["stop_at_layer"] = stop_layer(names)
         _, captured = self._model.run_with_cache(
-            tokens,
-            return_type=None,
-            return_cache_object=False,
-            names_filter=list(names),
-            stop_at_layer=stop_layer(names),
-            **arguments,
+            tokens, return_type=None, return_cache_object=False, names_filter=list(names), **arguments
         )
         return captured, past if each.kept else None
 

@@ -38,6 +38,7 @@ class Trial:
         read_as: The name under which the bridge's attentions look for the cache, where it reaches them under another.
         limits: For each kind of sharing that is not possible, what was seen.
         costs: What is computed although nobody reads it, and what was seen.
+        stops: Whether a pass can be told the last block that need run.
         lasting: False where NaN or infinity got in the way.
     """
 
@@ -47,6 +48,7 @@ class Trial:
     read_as: str | None = None
     limits: Mapping[Sharing, str] = field(default_factory=dict)
     costs: Mapping[str, str] = field(default_factory=dict)
+    stops: bool = True
     lasting: bool = True
 
     def renamed(self, model: Any) -> AbstractContextManager[None]:
@@ -94,6 +96,8 @@ class _Trier:
             reason = "tokens that were tried gave NaN or infinity"
             return Trial({}, {}, limits=dict.fromkeys((Sharing.PACKED, Sharing.CACHED), reason), lasting=False)
         arguments, costs = self._quiet(whole)
+        stops, not_narrow = self._narrow()
+        costs |= not_narrow
         without_logits = dict(arguments)
         if "logits_to_keep" in arguments:
             # By index, and none of them: the unembedding reads all its weights even for one position.
@@ -108,7 +112,7 @@ class _Trier:
             flaw = self._same(self._second_ending(), lambda: self._side_by_side(arguments))
             if flaw is not None:
                 limits = {Sharing.PACKED: f"it does not take positions and a mask of its own ({flaw})"}
-        return Trial(arguments, without_logits, cache_name, read_as, limits, costs)
+        return Trial(arguments, without_logits, cache_name, read_as, limits, costs, stops)
 
     def _first_finite(self) -> Tensor | None:
         """Residuals of the first three tokens without NaN, which `_ids` then are."""
@@ -153,6 +157,27 @@ class _Trier:
             if not left_out():
                 costs[name] = f"{cost}: {name}={value} has no effect"
         return arguments, costs
+
+    def _narrow(self) -> tuple[bool, dict[str, str]]:
+        """Whether a last layer can be named, and what of the bridge's own arguments has no effect."""
+        ran: list[Any] = []
+        handle = self._model.blocks[-1].register_forward_hook(lambda *_: ran.append(_))  # type: ignore[attr-defined]
+        try:
+            _, captured = self._model.run_with_cache(
+                self._ids, return_type=None, return_cache_object=False, names_filter=self._names[:1], stop_at_layer=1
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an architecture may refuse in any way
+            return False, {"stop_at_layer": f"all blocks run: stop_at_layer=1 does not do ({error})"}
+        finally:
+            handle.remove()
+        costs = {}
+        if ran and len(self._names) > 1:
+            costs["stop_at_layer"] = "blocks behind the last needed one run: stop_at_layer=1 has no effect"
+        if len(captured) > 2:  # a hook may have an alias
+            costs["names_filter"] = f"{len(captured)} activations are kept where names_filter has one"
+        return True, costs
 
     def _cache(self, whole: Tensor, arguments: dict[str, Any]) -> tuple[str | None, str | None, str]:
         """The name under which a cache goes in, the name under which attentions read it, and else what was seen."""

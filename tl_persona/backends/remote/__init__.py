@@ -5,6 +5,7 @@ sums. What the server has too little memory for is asked for in chunks of layers
 nnsight model in this process, without a server.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,11 +171,18 @@ class RemoteBackend:
             try:
                 sums = self._sums(part, hook_names, local, len(used))
             except CapacityFailure as failure:
+                before = appetite.layers, appetite.samples
                 if not appetite.shrink(failure, len(group)):
                     raise RemoteMemoryError(
                         f"the server cannot run sample {part.samples[0].sample_id!r}, whatever is asked for at once; "
                         f"tried: {'; '.join(appetite.tried)}"
                     ) from failure
+                if before == (appetite.n_layers, None):
+                    logging.getLogger("tl_persona").warning(
+                        "%s: the server cannot run all at once (%s): asking for less at a time, which is slower",
+                        self.facts.name,
+                        failure,
+                    )
                 waiting.append(group)
                 continue
             self._check_finite(sums, part, hook_names, local)
@@ -225,12 +233,13 @@ class RemoteBackend:
         notes: dict[str, Any] = {"sharing": str(proof.sharing if shares else Sharing.NONE)}
         if shares:
             notes["proof"] = f"within {proof.tolerance:.0e}"
-        elif not appetite.whole:
-            notes["why"] = "the server has too little memory to run all blocks at once"
-        elif not proof.fallbacks:
+        fallbacks = list(proof.fallbacks)
+        if appetite.tried:
+            fallbacks.append(f"all at once: {appetite.tried[0]}")
+        if not shares and not fallbacks:
             notes["why"] = "no two texts share a beginning that is worth a pass"
-        if proof.fallbacks:
-            notes["fallbacks"] = list(proof.fallbacks)
+        if fallbacks:
+            notes["fallbacks"] = fallbacks
         if not appetite.whole:
             notes["layers_per_request"] = appetite.layers
         if appetite.samples is not None:
