@@ -134,16 +134,16 @@ def runs(
 
 @pytest.mark.slow
 @pytest.mark.tl
-@pytest.mark.parametrize("wanted", [10, pytest.param(100, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("n_kills", [10, pytest.param(100, marks=pytest.mark.heavy)])
 def test_an_extraction_killed_at_random_instants_loses_nothing(
-    wanted: int, runs: tuple[Any, dict[str, bytes], dict[str, bytes], float], tmp_path: Path
+    n_kills: int, runs: tuple[Any, dict[str, bytes], dict[str, bytes], float], tmp_path: Path
 ) -> None:
     model, whole, earlier, seconds = runs
     seed = int(os.environ.get("TL_PERSONA_KILL_SEED", random.SystemRandom().randrange(10**6)))
     print(f"TL_PERSONA_KILL_SEED={seed} draws these instants again; a run takes {seconds:.2f} s")
     instants = random.Random(seed)
     kills, found = 0, set()
-    while kills < wanted:
+    while kills < n_kills:
         root = tmp_path / f"run-{kills}"
         over_an_earlier_run = kills % 2 == 1
         if over_an_earlier_run:
@@ -156,7 +156,7 @@ def test_an_extraction_killed_at_random_instants_loses_nothing(
         assert in_child(lambda root=root: extract(model, root)) == 0
         assert artifacts(root) == whole
         shutil.rmtree(root)
-    assert len(found) > min(1 + wanted // 10, 3), "the kills all came at the same stage: they say little"
+    assert len(found) > min(1 + n_kills // 10, 3), "the kills all came at the same stage: they say little"
 
 
 @pytest.mark.slow
