@@ -24,6 +24,27 @@ hypothesis.settings.load_profile("untimed")
 HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
 
 
+TERMINAL = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "25"}
+"""What rich, argparse and tqdm take for the terminal, whichever one the tests are started from, or none."""
+
+NO_TERMINAL_OF_OURS = (
+    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "PYTHON_COLORS"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS", "JUPYTER_LINES"),
+)
+"""Whatever else makes a program write more or less colour, or wider lines."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_terminal() -> Iterator[None]:
+    """The same terminal on every machine, for what tests print and for the processes they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TERMINAL.items():
+            patch.setenv(name, value)
+        for name in NO_TERMINAL_OF_OURS:
+            patch.delenv(name, raising=False)
+        yield
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a `HookedTransformer` where TransformerLens has none: the run on 3.x has those tests."""
     kept, left_out = [], []
