@@ -18,7 +18,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+# A slow or busy machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
