@@ -28,21 +28,22 @@ HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswi
 TERMINAL = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "25"}
 """What rich, argparse and tqdm take for the terminal, whichever one the tests are started from, or none."""
 
-NO_TERMINAL_OF_OURS = (
+NOT_OURS = (
     *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "PYTHON_COLORS"),
     *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS", "JUPYTER_LINES"),
+    *("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NDIF_"),
 )
-"""Whatever else makes a program write more or less colour, or wider lines."""
+"""How names of variables begin that make a program write more colour or wider lines, run a shard, or ask a server."""
 
 
 @pytest.fixture(scope="session", autouse=True)
-def same_terminal() -> Iterator[None]:
-    """The same terminal on every machine, for what tests print and for the processes they start."""
+def same_surroundings() -> Iterator[None]:
+    """The same terminal on every machine and no cluster, for what tests print and for the processes they start."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in TERMINAL.items():
             patch.setenv(name, value)
-        for name in NO_TERMINAL_OF_OURS:
-            patch.delenv(name, raising=False)
+        for name in [name for name in os.environ if name.startswith(NOT_OURS)]:
+            patch.delenv(name)
         yield
 
 
