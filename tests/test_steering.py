@@ -711,7 +711,9 @@ def test_vectors_are_monitored_under_their_behaviour_and_their_hook_where_that_i
 
 directions = st.integers(0, 2**31).map(lambda seed: some(seed, D_MODEL))
 coefficients = st.floats(-50, 50, width=32)
-laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+laws = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def steered(model: Any, ids: Tensor, *wanted: Intervention) -> Tensor:
