@@ -19,6 +19,7 @@ import torch
 
 from tl_persona.backends.local.installs import install_advice, no_processes
 from tl_persona.backends.local.observers import hooks_of
+from tl_persona.backends.local.trial import mend
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
 from tl_persona.models import HookedModel, ModelFacts, source_of
 
@@ -162,6 +163,7 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
         ) from error
     model.tokenizer = tokenizer
     booted: HookedModel = model.eval()
+    mend(booted)
     return booted
 
 
