@@ -19,7 +19,8 @@ import hypothesis
 import pytest
 import releases
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+# A slow or busy machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
@@ -27,6 +28,28 @@ HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswi
 
 def pytest_report_header() -> str:
     return "releases: " + ", ".join(f"{name} {version}" for name, version in releases.installed().items())
+
+
+TERMINAL = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "25"}
+"""What rich, argparse and tqdm take for the terminal, whichever one the tests are started from, or none."""
+
+NOT_OURS = (
+    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "PYTHON_COLORS"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS", "JUPYTER_LINES"),
+    *("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NDIF_"),
+)
+"""How names of variables begin that make a program write more colour or wider lines, run a shard, or ask a server."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_surroundings() -> Iterator[None]:
+    """The same terminal on every machine and no cluster, for what tests print and for the processes they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TERMINAL.items():
+            patch.setenv(name, value)
+        for name in [name for name in os.environ if name.startswith(NOT_OURS)]:
+            patch.delenv(name)
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from tl_persona.backends.local.observers import LOOKING_ON
 
 def block_outputs(model: Any, input_ids: Tensor) -> Tensor:
     """Output of every decoder layer for one text, shape (layer, pos, d_model), in float64."""
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    layers = _layers_of(model)
     captured: list[Tensor] = []
     handles = [
         layer.register_forward_hook(lambda _m, _args, out: captured.append(out[0] if isinstance(out, tuple) else out))
@@ -29,6 +29,15 @@ def block_outputs(model: Any, input_ids: Tensor) -> Tensor:
         for handle in handles:
             handle.remove()
     return torch.stack([output[0].double() for output in captured])
+
+
+def _layers_of(model: Any) -> Any:
+    if hasattr(model, "transformer"):
+        return model.transformer.h
+    for name in ("language_model", "text_model"):  # of a model that reads images or sound as well
+        if hasattr(model.model, name):
+            return getattr(model.model, name).layers
+    return model.model.layers
 
 
 def mean_activations(model: Any, samples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

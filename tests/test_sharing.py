@@ -194,7 +194,9 @@ FAMILY_TREE = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.intege
 
 
 @BOTH_KINDS
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(tree=FAMILY_TREE, budget=st.integers(1, 200), random=st.randoms())
 def test_neither_company_nor_order_moves_a_mean_beyond_rounding(
     kind: str, tiny_hooked: Boot, tree: list[tuple[int, int, int]], budget: int, random: Any

@@ -1,6 +1,7 @@
 """Steering and monitoring: the same as hooks written by hand on the Hugging Face model, and nothing left behind."""
 
 import gc
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import D_MODEL, N_LAYERS, VOCAB_SIZE, WINDOW
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tl_persona.backends.local.observers import is_observed
 from tl_persona.backends.local.trial import trial_of
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.hooks import resid_post
@@ -508,10 +510,30 @@ def test_a_loop_of_the_callers_that_goes_on_with_a_lost_cache_is_refused(models:
 
 @pytest.mark.tl
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "mistral"])
-def test_a_bridges_own_generation_under_hooks_is_right_or_refused_never_garbage(
-    family: str, models: Any, plain: Any
-) -> None:
+def test_a_loaded_bridge_generates_by_itself_as_transformers_does(family: str, models: Any, plain: Any) -> None:
     model, ids = models("bridge", family), some_ids(2 * WINDOW)
+    chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    expected = generated_by_hand(plain(family), ids, {})
+    assert torch.equal(model.generate(ids, **chosen), expected)
+    whole = model.hf_generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, stop_at_eos=False)
+    assert torch.equal(whole, expected)
+    assert not is_observed([*model.modules(), *model.original_model.modules()])
+    for block in model.blocks:
+        pickle.dumps(list(block.attn._forward_pre_hooks.values()))
+
+
+@pytest.mark.tl
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "mistral"])
+def test_a_bridge_of_the_users_generates_under_hooks_rightly_or_is_refused_never_garbage(
+    family: str, plain: Any, tiny_model: Callable[[str], Path]
+) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder, ids = tiny_model(family), some_ids(2 * WINDOW)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = TransformerBridge.boot_transformers(
+        str(folder), hf_model=hf, tokenizer=AutoTokenizer.from_pretrained(folder), dtype=torch.float32
+    )
     chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "verbose": False, "stop_at_eos": False}
     expected = generated_by_hand(plain(family), ids, {1: adding(STRENGTH)})
     with attach(model, [Intervention(MIDDLE, V, STRENGTH)]):
@@ -711,7 +733,9 @@ def test_vectors_are_monitored_under_their_behaviour_and_their_hook_where_that_i
 
 directions = st.integers(0, 2**31).map(lambda seed: some(seed, D_MODEL))
 coefficients = st.floats(-50, 50, width=32)
-laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+laws = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def steered(model: Any, ids: Tensor, *wanted: Intervention) -> Tensor:

@@ -26,7 +26,7 @@ WINDOW = 16
 _WEIGHT_STD = 0.2
 """Ten times the usual: with 32 inputs it gives matrices of gain near one, so every block changes the stream."""
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": D_MODEL,
     "intermediate_size": 64,
@@ -114,7 +114,7 @@ def _brackets(config: Callable[[], PretrainedConfig]) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": _chatml(lambda: transformers.LlamaConfig(**_SIZES)),
+    "llama": _chatml(lambda: transformers.LlamaConfig(**SIZES)),
     # HookedTransformer reads n_ctx, which real GPT-2 files have and the class does not set.
     "gpt2": _chatml(
         lambda: transformers.GPT2Config(
@@ -128,24 +128,24 @@ FAMILIES: dict[str, Family] = {
         )
     ),
     # Windows alternate with full attention; this one is wider than any test prompt, as it is in real use.
-    "gemma": _turns(lambda: transformers.Gemma2Config(**_SIZES, sliding_window=CONTEXT, query_pre_attn_scalar=8)),
-    "mistral": _brackets(lambda: transformers.MistralConfig(**_SIZES, sliding_window=WINDOW)),
+    "gemma": _turns(lambda: transformers.Gemma2Config(**SIZES, sliding_window=CONTEXT, query_pre_attn_scalar=8)),
+    "mistral": _brackets(lambda: transformers.MistralConfig(**SIZES, sliding_window=WINDOW)),
     "gemma3": _turns(
         lambda: transformers.Gemma3TextConfig(
-            **_SIZES,
+            **SIZES,
             sliding_window=WINDOW,
             query_pre_attn_scalar=8,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         )
     ),
-    "qwen3": _chatml(lambda: transformers.Qwen3Config(**_SIZES), CHATML_WITH_THINK),
+    "qwen3": _chatml(lambda: transformers.Qwen3Config(**SIZES), CHATML_WITH_THINK),
     "bloom": _chatml(
         lambda: transformers.BloomConfig(
             vocab_size=VOCAB_SIZE, hidden_size=D_MODEL, n_layer=N_LAYERS, n_head=4, initializer_range=_WEIGHT_STD
         )
     ),
     "mixtral": _brackets(
-        lambda: transformers.MixtralConfig(**_SIZES, sliding_window=None, num_local_experts=4, num_experts_per_tok=2)
+        lambda: transformers.MixtralConfig(**SIZES, sliding_window=None, num_local_experts=4, num_experts_per_tok=2)
     ),
 }
 """Rotary (llama, qwen3), learned positions (gpt2), ALiBi (bloom), windows (mistral, gemma3), experts (mixtral)."""
@@ -174,7 +174,7 @@ ODD_FAMILIES: dict[str, Family] = {
     ),
     "longrope": _chatml(
         lambda: transformers.Phi3Config(
-            **{**_SIZES, "max_position_embeddings": 256},
+            **{**SIZES, "max_position_embeddings": 256},
             original_max_position_embeddings=32,
             rope_parameters=_LONG_ROPE,
         )

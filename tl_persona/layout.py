@@ -6,8 +6,10 @@ tokenizer and rendering with it are `templates`' work, and what was read is judg
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count, islice, product
+from typing import NamedTuple
 
 from tl_persona.errors import PromptError
 
@@ -20,14 +22,44 @@ CharRange = tuple[int, int]
 ADVICE = "leave think blocks and template tags out of the text, or use a template that leaves contents as they are"
 """What to do about a text that a template does not leave alone."""
 
-_MARK = "QzvX"
+_SYLLABLES = tuple(map("".join, product("bdfgklmnprstv", "aeiou")))
 
 
-def markers(roles: Sequence[str]) -> tuple[str, ...]:
-    """Contents that no chat has, one for each role."""
-    # Letters only: no template has a reason to trim, escape or split them. No marker is part of another.
+def absent_word(texts: Iterable[str], first: str = "K") -> str:
+    """A word of letters that stands in none of the texts.
+
+    Args:
+        texts: Texts that must not contain it.
+        first: Its first letter, a capital other than X. It occurs nowhere else in the word, so that no word can stand
+            across the border between a text and the word itself.
+    """
+    # Letters only, and no letter twice in a row: no template has a reason to trim, escape, split or squeeze them.
+    texts = tuple(texts)
+    usual = f"{first}zbadeX"
+    if not any(usual in text for text in texts):
+        return usual
+    for length in count(2):
+        taken = {found[1] for text in texts for found in re.finditer(f"{first}z(?=([a-z]{{{2 * length}}})X)", text)}
+        tried = islice(product(_SYLLABLES, repeat=length), len(taken) + 1)
+        word = next((word for word in map("".join, tried) if word not in taken), None)
+        if word is not None:
+            return f"{first}z{word}X"
+    raise AssertionError("there are more words than a text can hold")
+
+
+class Markers(NamedTuple):
+    """Contents to put in the place of real ones, one for each role, all of which begin with `stem`."""
+
+    stem: str
+    contents: tuple[str, ...]
+
+
+def draw_markers(roles: Sequence[str], texts: Iterable[str]) -> Markers:
+    """Markers that none of the texts contains, not even their common beginning."""
+    stem = absent_word(texts, "Q")
     digits = str.maketrans("0123456789", "abcdefghij")
-    return tuple(f"{_MARK}{role}{str(index).translate(digits)}XvzQ" for index, role in enumerate(roles))
+    # The capitals after role and index keep one marker from being part of another.
+    return Markers(stem, tuple(f"{stem}{role}{str(index).translate(digits)}XvzK" for index, role in enumerate(roles)))
 
 
 @dataclass(frozen=True)
@@ -53,19 +85,20 @@ class ChatLayout:
         """The contents as messages."""
         return as_messages(self.roles, contents, folded=self.folded)
 
-    def every_second(self, contents: Sequence[str], first: int) -> list[str]:
+    def every_second(self, contents: Sequence[str], first: int, marks: Markers) -> list[str]:
         """The contents at the places `first`, `first + 2` and so on, and markers at those between."""
-        shown = list(markers(self.roles))
+        shown = list(marks.contents)
         for index in self.order[first::2]:
             shown[index] = contents[index]
         return shown
 
-    def read(self, text: str, shown: Sequence[str]) -> dict[int, str]:
+    def read(self, text: str, shown: Sequence[str], marks: Markers) -> dict[int, str]:
         """What a template made of the contents that are no markers.
 
         Args:
             text: The rendering of `shown`.
             shown: Contents and markers, no two contents side by side in the text, so that there is one way to read it.
+            marks: The markers, drawn so that neither contents nor fixed text contain one.
 
         Returns:
             What stands in the place of each content, by its index.
@@ -73,11 +106,10 @@ class ChatLayout:
         Raises:
             PromptError: The rendering is not the fixed text, the markers, and something between.
         """
-        marks = markers(self.roles)
-        real = [index for index in self.order if shown[index] != marks[index]]
-        gaps = ["(.*?)" if shown[index] != marks[index] else marks[index] for index in self.order]
+        real = [index for index in self.order if shown[index] != marks.contents[index]]
+        gaps = ["(.*?)" if index in real else marks.contents[index] for index in self.order]
         found = re.fullmatch(_joined([re.escape(segment) for segment in self.segments], gaps), text, re.DOTALL)
-        if found is None or text.count(_MARK) != len(marks) - len(real):
+        if found is None or text.count(marks.stem) != len(shown) - len(real):
             raise PromptError(f"what the chat template writes around a content changes with the text or time: {ADVICE}")
         return dict(zip(real, found.groups(), strict=True))
 

@@ -29,6 +29,9 @@ def token_progress(
             return Text(f"{speed:,.0f} tokens/s" if speed else "")
 
     console = Console(stderr=True)
+    if not (show and console.is_terminal):  # a bar that is switched off writes an empty line in older releases of rich
+        yield lambda tokens: None
+        return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -38,7 +41,6 @@ def token_progress(
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not (show and console.is_terminal),
     )
     with bar:
         task = bar.add_task(description, total=total_tokens)

@@ -1,8 +1,9 @@
 """Renders chats and finds what the template made of each content.
 
 Of every chat two more renderings are made, each with markers in the place of every second content, so that what is
-kept of the others stands between known text. All kept parts together must be the real rendering, character for
-character. A part that is less than its content must be a piece of it that cannot be larger. Everything else is refused.
+kept of the others stands between known text. Markers are drawn for each chat, so that none of its texts contains one.
+All kept parts together must be the real rendering, character for character. A part that is less than its content must
+be a piece of it that cannot be larger. Everything else is refused.
 """
 
 from bisect import bisect_left
@@ -11,14 +12,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import ADVICE, CharRange, ChatLayout, markers
+from tl_persona.layout import ADVICE, CharRange, ChatLayout, Markers, absent_word, draw_markers
 from tl_persona.templates import ChatTokenizer, learn_layout, render
 
 _PLACES = 1000
 """More often no ordinary text repeats its own end; keeps a hostile one from taking minutes."""
-
-_OTHER = "XvzQ"
-"""Letters that no template writes."""
 
 
 class Rendering(NamedTuple):
@@ -62,9 +60,10 @@ class ChatReader:
 
     def _read(self, layout: ChatLayout, contents: Sequence[str]) -> Rendering:
         text = self._render(layout, contents)
+        marks = draw_markers(layout.roles, (text, *contents, *layout.segments))
         found: dict[int, str] = {}
         for first in (0, 1):
-            found |= self._kept(layout, layout.every_second(contents, first))
+            found |= self._kept(layout, layout.every_second(contents, first, marks), marks)
         kept = [found[index] for index in range(len(contents))]
         if layout.joined(kept) != text:
             raise PromptError(f"what the chat template makes of one content depends on another: {ADVICE}")
@@ -76,8 +75,8 @@ class ChatReader:
     def _render(self, layout: ChatLayout, contents: Sequence[str]) -> str:
         return render(self._tokenizer, layout.messages(contents), self._kwargs)
 
-    def _kept(self, layout: ChatLayout, shown: Sequence[str]) -> dict[int, str]:
-        return layout.read(self._render(layout, shown), shown)
+    def _kept(self, layout: ChatLayout, shown: Sequence[str], marks: Markers) -> dict[int, str]:
+        return layout.read(self._render(layout, shown), shown, marks)
 
     def _refuse_unless_cut(self, layout: ChatLayout, index: int, content: str, kept: str) -> None:
         """Refuses a changed content unless the template cut it, and wrote what stands beside it itself."""
@@ -100,10 +99,11 @@ class ChatReader:
         """Whether the template itself writes `before` or `behind` beside a kept part, as the content does too."""
 
         def is_kept(changed: str) -> str | None:
-            shown = list(markers(layout.roles))
+            marks = draw_markers(layout.roles, (changed, *layout.segments))
+            shown = list(marks.contents)
             shown[index] = changed
             try:
-                return self._kept(layout, shown)[index]
+                return self._kept(layout, shown, marks)[index]
             except PromptError:
                 return None
 
@@ -111,7 +111,8 @@ class ChatReader:
         if is_kept(_inserted(content, piece, offset, before + behind)) == kept:
             return True  # the content's own is cut, however much of it there is
         # Or the template writes it where nothing is cut, and goes on to where the content has something else there.
-        return is_kept(piece) == piece and is_kept(_inserted(content, piece, offset and len(piece), _OTHER)) is not None
+        other = absent_word((content, *layout.segments))
+        return is_kept(piece) == piece and is_kept(_inserted(content, piece, offset and len(piece), other)) is not None
 
 
 def _most(limit: int, holds: Callable[[int], bool]) -> int:

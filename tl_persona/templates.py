@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import ChatLayout, as_messages, markers
+from tl_persona.layout import ChatLayout, as_messages, draw_markers
 
 
 @runtime_checkable
@@ -96,10 +96,10 @@ def learn_layout(
         raise PromptError(
             f"template_kwargs may not set {min(_RESERVED & kwargs.keys())!r}: it decides what is rendered"
         )
-    _template_in_use(tokenizer, kwargs)
+    template = _template_in_use(tokenizer, kwargs)
     roles = tuple(roles)
     foldable = roles[:2] == ("system", "user")
-    marks, problems = markers(roles), []
+    marks, problems = draw_markers(roles, (template, repr(kwargs))).contents, []
     for folded in (False, True) if foldable else (False,):
         manner = "with the system prompt inside the user turn" if folded else f"as {', '.join(roles)} messages"
         try:

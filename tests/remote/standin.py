@@ -32,9 +32,9 @@ from remote.faults import Fault
 from remote.records import Record
 from remote.wire import application
 
-_START_SECONDS = 20.0
-_STOP_SECONDS = 10.0
-_SETTLE_SECONDS = 30.0
+_START_SECONDS = 120.0
+_STOP_SECONDS = 60.0
+_SETTLE_SECONDS = 120.0
 _INLINE_BYTES = 8 * 1024 * 1024
 
 

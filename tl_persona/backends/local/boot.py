@@ -17,8 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from tl_persona.backends.local.installs import install_advice, no_processes
 from tl_persona.backends.local.observers import hooks_of
-from tl_persona.errors import InputError, ModelError
+from tl_persona.backends.local.trial import mend
+from tl_persona.errors import InputError, MissingDependencyError, ModelError
 from tl_persona.models import HookedModel, ModelFacts, source_of
 
 _ADOPTED: "WeakKeyDictionary[Any, tuple[frozenset[Any], HookedModel]]" = WeakKeyDictionary()
@@ -60,7 +62,7 @@ def hooked_transformer_supports(hf_model: Any) -> bool:
     if _hooked_transformer_class() is None:
         return False
     try:
-        with _config_folder(hf_model) as folder:
+        with _config_folder(hf_model) as folder, no_processes():
             _hooked_config(folder, None, torch.float32, False)
     except (NotImplementedError, KeyError, ValueError, AttributeError, TypeError) as error:
         logging.getLogger(__name__).info("no HookedTransformer for this architecture: %s", error)
@@ -80,7 +82,7 @@ def hooked_transformer(
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
     dtype = hf_model.dtype
-    with _config_folder(hf_model) as folder, _quiet_deprecations():
+    with _config_folder(hf_model) as folder, _quiet_deprecations(), no_processes():
         try:
             cfg = _hooked_config(folder, device, dtype, process_weights)
             state_dict = get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
@@ -138,6 +140,7 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
 
     Raises:
         ModelError: TransformerLens has no adapter for the architecture.
+        MissingDependencyError: It needs a package for this architecture that is not installed.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -145,7 +148,7 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
         hf_model = hf_model.to(device or _default_device())
     location = str(hf_model.config._name_or_path)
     try:
-        with _quiet_deprecations():
+        with _quiet_deprecations(), no_processes():
             model = TransformerBridge.boot_transformers(
                 location, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype
             )
@@ -153,8 +156,14 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
                 model.enable_compatibility_mode(disable_warnings=True)
     except (NotImplementedError, KeyError, ValueError, AttributeError) as error:
         raise ModelError(f"TransformerLens has no bridge for {type(hf_model).__name__}: {error}") from error
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a bridge of {type(hf_model).__name__} needs a package that is missing or broken ({error}): "
+            f"{install_advice(error)}"
+        ) from error
     model.tokenizer = tokenizer
     booted: HookedModel = model.eval()
+    mend(booted)
     return booted
 
 

@@ -5,8 +5,9 @@ signature that has a name, or a version, does not tell whether a cache is contin
 What is found limits what is tried on real texts; whether that is exact is `proof`'s work.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +23,8 @@ from tl_persona.errors import ModelError
 from tl_persona.exactness import tolerance_of
 from tl_persona.models import HookedModel
 from tl_persona.plan import Sharing
+
+_RESIDUAL = re.compile(r"blocks\.\d+\.hook_resid_post")
 
 _NO_POSITIONS = torch.zeros(0, dtype=torch.long)
 """Which logits to compute: none."""
@@ -85,12 +88,15 @@ class _Trier:
     def __init__(self, model: HookedModel) -> None:
         self._model = model
         self._original: Any = model.original_model  # type: ignore[attr-defined]
-        self._names = [name for name in model.hook_dict if name.endswith(".hook_resid_post")]
+        # Of its own blocks, and not of a vision tower's: texts do not run there.
+        self._names = [name for name in model.hook_dict if _RESIDUAL.fullmatch(name)]
         self._tolerance = tolerance_of(str(self._original.dtype).removeprefix("torch."))
         self._ids = torch.empty(0)
         self._output: Any = None
 
     def trial(self) -> Trial:
+        if not self._names:
+            raise ModelError(f"{type(self._original).__name__} has no hook blocks.0.hook_resid_post: it cannot be read")
         whole = self._first_finite()
         if whole is None:
             reason = "tokens that were tried gave NaN or infinity"
@@ -276,18 +282,41 @@ def additive(visible: Bool[Tensor, "row pos key"], dtype: torch.dtype) -> Float[
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
+def mend(model: HookedModel) -> None:
+    """Lets the attentions of a bridge find the cache for good, where they look for it under another name.
+
+    For a bridge that this package makes: its own `generate` and `hf_generate` are then right, too.
+    """
+    trial = trial_of(model)
+    if trial.cache_name is not None and trial.read_as is not None:
+        _rename(model, trial.cache_name, trial.read_as)
+
+
+class _Renamed:
+    """A hook that hands an argument on under another name; a class, so that a model with it can be pickled."""
+
+    def __init__(self, name: str, read_as: str) -> None:
+        self._name, self._read_as = name, read_as
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self._name not in kwargs or "forward" in vars(module):  # the wrapped model's own forward has its own name
+            return None
+        kwargs = dict(kwargs)
+        kwargs[self._read_as] = kwargs.pop(self._name)
+        return args, kwargs
+
+
+def _rename(model: Any, name: str, read_as: str) -> list[Any]:
+    hook = _Renamed(name, read_as)
+    return [attention.register_forward_pre_hook(hook, with_kwargs=True) for attention in attentions(model)]
+
+
 @contextmanager
 def _renaming(model: Any, name: str, read_as: str) -> Iterator[None]:
     """The attentions of a bridge are handed an argument under the name that they look for."""
-
-    def rename(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if name not in kwargs:
-            return None
-        kwargs = dict(kwargs)
-        kwargs[read_as] = kwargs.pop(name)
-        return args, kwargs
-
-    with ExitStack() as stack:
-        for attention in attentions(model):
-            stack.callback(attention.register_forward_pre_hook(rename, with_kwargs=True).remove)
+    handles = _rename(model, name, read_as)
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
