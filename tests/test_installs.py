@@ -132,6 +132,10 @@ def test_a_multimodal_model_is_adopted_as_it_reads_text_and_no_process_starts(
     family: str, started: list[str], tmp_path: Path
 ) -> None:
     hf_model, tokenizer = multimodal(MULTIMODAL[family], tmp_path)
+    if not hasattr(hf_model, "model"):  # Qwen2 Audio in transformers 5.9, in which TransformerLens cannot find its way
+        with pytest.raises(ModelError, match="TransformerLens has no bridge for Qwen2Audio"):
+            boot.adopt(hf_model, tokenizer)
+        return
     expected = means_of(hf_model)
     found = extract_activations(boot.adopt(hf_model, tokenizer), *texts())
     assert not started
