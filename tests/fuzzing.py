@@ -25,7 +25,8 @@ from tl_persona.errors import TLPersonaError
 from tl_persona.hub import related_frq_qids
 from tl_persona.merging import merge_stores
 from tl_persona.provenance import Provenance
-from tl_persona.samples import PersonaDataset, answer_text, question_text
+from tl_persona.records import answer_text, question_text
+from tl_persona.samples import PersonaDataset
 from tl_persona.store import PersonaVectorStore
 from tl_persona.store_check import check_saved
 from tl_persona.vectors import SteeringVector, SteeringVectorSet

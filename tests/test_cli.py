@@ -18,7 +18,8 @@ from torch import Tensor
 
 import tl_persona
 from tl_persona.cli import main
-from tl_persona.samples import Persona, PersonaDataset, QAPair
+from tl_persona.records import Persona, QAPair
+from tl_persona.samples import PersonaDataset
 from tl_persona.store import PersonaVectorStore
 
 Row = dict[str, Any]

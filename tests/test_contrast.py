@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_persona import contrast
-from tl_persona.contrast import BEHAVIORS, ContrastPair, ContrastPairDataset, as_pairs, load_pairs
+from tl_persona.contrast import BEHAVIORS, load_pairs
+from tl_persona.contrast_dataset import ContrastPairDataset, as_pairs
+from tl_persona.contrast_pair import ROLES, ContrastPair
 from tl_persona.errors import InputError, NotStoredError, StoreError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -35,7 +37,7 @@ json_values = st.recursive(
 def pair_dicts(draw: st.DrawFn) -> dict[str, Any]:
     sides: list[Any] = draw(st.lists(words, min_size=2, max_size=2, unique=True))
     if draw(st.booleans()):
-        prefix = draw(st.lists(st.fixed_dictionaries({"role": st.sampled_from(contrast.ROLES), "content": words})))
+        prefix = draw(st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": words})))
         sides = [[*prefix, {"role": "assistant", "content": text}] for text in sides]
     metadata = draw(st.dictionaries(st.text("abc"), json_values, max_size=2))
     return {"positive": sides[0], "negative": sides[1], "metadata": metadata}

@@ -1,98 +1,16 @@
-"""What may import what: the package stays quick to import, and its modules depend on one another in one direction."""
+"""What may import what: the package stays quick to import, and its places depend on one another in one direction."""
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from places import PACKAGE, RANKS, TO_COME, circles, graph, imports, modules, place_of
 
-PACKAGE = Path(__file__).resolve().parent.parent / "tl_persona"
-
-STAGES = (
-    "errors",
-    "cards",
-    "token_view",
-    "tensors",
-    "provenance",
-    "files",
-    "names",
-    "locks",
-    "jsonl",
-    "records",
-    "hub",
-    "samples",
-    "contrast_pair",
-    "contrast_dataset",
-    "contrast",
-    "layout",
-    "templates",
-    "reading",
-    "spans",
-    "proofs",
-    "prompts",
-    "masks",
-    "tries",
-    "rows",
-    "plan",
-    "prepared",
-    "verification",
-    "hooks",
-    "configs",
-    "checkpoints",
-    "models",
-    "caches",
-    "positions",
-    "pass_tensors",
-    "exactness",
-    "backends",
-    "backends.local",
-    "backends.remote",
-    "reducers",
-    "spool",
-    "directions",
-    "separation",
-    "statistics",
-    "steering",
-    "vector_reading",
-    "rotalabs_files",
-    "vector_files",
-    "set_files",
-    "layer_table",
-    "export",
-    "steering_vector",
-    "vectors",
-    "artifact",
-    "manifest",
-    "agreement",
-    "description",
-    "tables",
-    "merging",
-    "store",
-    "sharding",
-    "preview",
-    "projection",
-    "progress",
-    "report",
-    "jobs",
-    "loading",
-    "generation",
-    "extraction",
-    "caa",
-    "commands",
-    "parser",
-    "cli",
-    "__main__",
-)
-"""The modules in the order of the flow: each may import those above it. `__init__`, which names them all, is not here.
-
-A part of a listed module (`backends.local.pooling`, say) stands where that module stands, and a package may import
-its parts.
-"""
-
-MAY_IMPORT_A_BACKEND = {"jobs", "loading", "generation", "extraction", "caa", "commands", "cli"}
-"""The recipes and the command line: the outermost layer."""
+MAY_IMPORT_A_BACKEND = {
+    *("loading", "extraction", "caa", "steering", "generation", "projection"),
+    *("doctor", "sweep", "traits", "cluster", "cli"),
+}
+"""What runs a model, or will."""
 
 HOME_OF = {"transformer_lens": "backends.local", "nnsight": "backends.remote"}
 """The one backend that may import each of these, anywhere in it."""
@@ -102,44 +20,9 @@ HEAVY = {
     *("sklearn", "pandas", "plotly", "gguf"),
 }
 
-
-def _name_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-MODULES = {_name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = modules()
+RANK = {place: rank for rank, places in enumerate(RANKS) for place in places}
 EVERY_MODULE = pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__"])
-
-
-def _stage(module: str) -> int | None:
-    """Rank in `STAGES`; a module that is not listed stands where the listed module stands whose name begins its own."""
-    owners = [stage for stage in STAGES if module == stage or module.startswith((f"{stage}.", f"{stage}_"))]
-    return STAGES.index(max(owners, key=len)) if owners else None
-
-
-def _imports(path: Path) -> Iterator[str]:
-    """Every dotted name that a file imports, in functions and under `TYPE_CHECKING` too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}:{node.lineno}: relative import; write the full name"
-            assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def _own_imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, without the names taken from them."""
-    found = set()
-    for name in _imports(path):
-        first, _, rest = name.partition(".")
-        if first != "tl_persona":
-            continue
-        while rest and rest not in MODULES:
-            rest = rest.rpartition(".")[0]
-        found.add(rest or "__init__")
-    return found
 
 
 def _loaded_after(code: str) -> set[str]:
@@ -164,35 +47,42 @@ def test_help_loads_nothing_heavy() -> None:
     assert _loaded_after(code).isdisjoint(HEAVY)
 
 
-@EVERY_MODULE
-def test_a_module_imports_only_from_earlier_stages(module: str) -> None:
-    rank = _stage(module)
-    assert rank is not None, f"{module}: give it a place in STAGES, after everything it imports"
-    for imported in _own_imports(MODULES[module]):
-        if imported == "__init__" or imported.startswith(f"{module}."):
-            continue
-        other = _stage(imported)
-        assert other is not None and other <= rank, f"{module} imports {imported}, which comes later in the flow"
+def test_every_place_has_one_rank() -> None:
+    found = {place_of(module) for module in MODULES} - {"__init__"}
+    assert found == set(RANK) - TO_COME, "give a new place its rank in places.py, above everything it imports"
+    assert len(RANK) == sum(map(len, RANKS))
 
 
 @EVERY_MODULE
-def test_nothing_but_the_outermost_layer_imports_a_backend(module: str) -> None:
-    if module.partition(".")[0] in {*MAY_IMPORT_A_BACKEND, "backends"}:
+def test_a_place_imports_places_of_lower_rank_only(module: str) -> None:
+    place = place_of(module)
+    for imported in graph()[module]:
+        other = place_of(imported)
+        assert other == place or RANK[other] < RANK[place], f"{module} imports {imported}, which is not below {place}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    open_ = {module for module in graph() if place_of(module) == module.partition(".")[0]}
+    edges = {module: others & open_ for module, others in graph().items() if module in open_}
+    assert [circle for circle in circles(edges) if not circle[0].startswith("backends")] == []
+
+
+@EVERY_MODULE
+def test_only_what_runs_a_model_imports_a_backend(module: str) -> None:
+    if place_of(module) in {*MAY_IMPORT_A_BACKEND, "backends"}:
         return
-    backends = {imported for imported in _own_imports(MODULES[module]) if imported.startswith("backends")}
-    assert not backends
+    assert not {imported for imported in graph()[module] if place_of(imported) == "backends"}
 
 
 @EVERY_MODULE
 @pytest.mark.parametrize("library", sorted(HOME_OF))
 def test_a_hooking_library_is_imported_in_its_own_backend_only(module: str, library: str) -> None:
-    imports_it = any(name.partition(".")[0] == library for name in _imports(MODULES[module]))
+    imports_it = any(name.partition(".")[0] == library for name in imports(MODULES[module]))
     assert not imports_it or module.startswith(HOME_OF[library])
 
 
 def test_the_two_backends_do_not_know_each_other() -> None:
-    for module, path in MODULES.items():
-        if module.startswith("backends."):
-            side = module.split(".")[1].split("_")[0]
-            other = {"local": "backends.remote", "remote": "backends.local"}.get(side)
-            assert other is None or not any(imported.startswith(other) for imported in _own_imports(path))
+    for side, other in (("local", "remote"), ("remote", "local")):
+        for module in MODULES:
+            if module.startswith(f"backends.{side}"):
+                assert not {imported for imported in graph()[module] if imported.startswith(f"backends.{other}")}

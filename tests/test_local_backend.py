@@ -24,7 +24,7 @@ from tl_persona.backends import open_backend
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.masks import MaskStrategy
 from tl_persona.plan import Sample
-from tl_persona.samples import QAPair
+from tl_persona.records import QAPair
 
 pytestmark = pytest.mark.tl
 

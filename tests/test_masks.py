@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tl_persona.errors import InputError, MaskError
 from tl_persona.masks import BUILDERS, MaskStrategy, SpanBatch, as_strategies, as_strategy, build_mask, build_masks
-from tl_persona.prompts import Chat, Prompt, PromptSpans, Span, prepare_messages, prepare_prompts
+from tl_persona.prompts import Chat, Prompt, prepare_messages, prepare_prompts
 from tl_persona.proofs import SpanProof
+from tl_persona.spans import PromptSpans, Span
 
 Side = Literal["left", "right"]
 SIDES: tuple[Side, ...] = ("left", "right")

@@ -27,14 +27,9 @@ from tokenizer_kinds import SPECIAL, TOKENIZERS, fast_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from tl_persona.errors import PromptError
-from tl_persona.prompts import (
-    Chat,
-    Span,
-    prepare_messages,
-    prepare_prompts,
-    require_chat_tokenizer,
-    template_digest,
-)
+from tl_persona.prompts import Chat, prepare_messages, prepare_prompts
+from tl_persona.spans import Span
+from tl_persona.templates import learn_layout, require_chat_tokenizer, template_digest
 from tl_persona.verification import verify
 
 CHATML = str(BY_NAME["content_as_it_is"].template)
@@ -386,7 +381,7 @@ def test_a_layout_is_learned_once_for_each_sequence_of_roles(monkeypatch: pytest
     import tl_persona.reading as module
 
     learned = []
-    learn = module.learn_layout
+    learn = learn_layout
     monkeypatch.setattr(
         module,
         "learn_layout",

@@ -18,15 +18,8 @@ from hypothesis import strategies as st
 import tl_persona.jsonl as jsonl
 from tl_persona.errors import InputError
 from tl_persona.hub import related_frq_qids
-from tl_persona.samples import (
-    BASELINE_PERSONA_ID,
-    Persona,
-    PersonaDataset,
-    QAPair,
-    answer_text,
-    question_text,
-    system_prompt,
-)
+from tl_persona.records import BASELINE_PERSONA_ID, Persona, QAPair, answer_text, question_text, system_prompt
+from tl_persona.samples import PersonaDataset
 
 Row = dict[str, Any]
 

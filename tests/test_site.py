@@ -4,13 +4,11 @@ import os
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_imports import STAGES
 
 import tl_persona
 
@@ -98,13 +96,3 @@ def test_the_api_page_documents_every_public_class_and_function(site: Path) -> N
 def test_no_hidden_test_code_is_shown(site: Path) -> None:
     pages = [page.read_text(encoding="utf-8") for page in site.rglob("*.html")]
     assert not [page for page in pages if "build_tiny" in re.sub("<[^>]+>", "", page)]
-
-
-def test_the_drawing_of_the_architecture_has_the_stages_in_their_order() -> None:
-    drawing = ET.parse(ROOT / "docs" / "contributing" / "architecture.svg")
-    texts = [
-        text.text or "" for text in drawing.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "modules"
-    ]
-    assert [module for text in texts for module in text.split()] == list(STAGES), (
-        "docs/contributing/architecture.svg: add a new module's name to the line of its stage"
-    )

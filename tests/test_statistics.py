@@ -14,16 +14,8 @@ from torch import Tensor
 
 from tl_persona.directions import mean_difference, pca_direction
 from tl_persona.errors import InputError, NonFiniteError
-from tl_persona.statistics import (
-    LayerStatistics,
-    agreement,
-    auc,
-    d_prime,
-    held_out_separation,
-    layer_statistics,
-    pair_products,
-    split_half_cosine,
-)
+from tl_persona.separation import auc, d_prime, held_out_separation, pair_products
+from tl_persona.statistics import LayerStatistics, agreement, layer_statistics, split_half_cosine
 
 seeds = st.integers(0, 2**31)
 scores = st.lists(st.integers(-20, 20), min_size=1, max_size=12).map(lambda values: torch.tensor(values).double())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tl_persona import manifest
 from tl_persona.artifact import decode, encode
+from tl_persona.artifact_header import read_header
 from tl_persona.description import describe
 from tl_persona.errors import InputError, NonFiniteError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.provenance import Provenance, text_digest
@@ -595,7 +596,7 @@ def test_rebuilding_a_manifest_reads_every_file_though_nothing_seems_to_have_cha
         save(store, "p1")
         save(store, "p2")
     read: list[str] = []
-    real = manifest.read_header
+    real = read_header
     monkeypatch.setattr(manifest, "read_header", lambda path, *more: read.append(path.stem) or real(path, *more))
     assert store.list_personas(["templated"]) == ["p1", "p2"] and read == []
     assert store.rebuild_manifest("templated") == ["p1", "p2"] and sorted(read) == ["p1", "p2"]

@@ -28,6 +28,7 @@ from tl_persona.errors import (
 )
 from tl_persona.provenance import Provenance
 from tl_persona.rotalabs_files import read_rotalabs
+from tl_persona.vector_reading import read_bytes
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 PROVENANCE = Provenance(
@@ -650,7 +651,7 @@ def test_a_set_that_names_a_layer_twice_is_refused_and_one_that_is_saved_to_with
     metadata.write_text(whole)
     (tmp_path / "layer_1.safetensors").unlink()
     counter = itertools.count()
-    read = set_files.read_bytes
+    read = read_bytes
     monkeypatch.setattr(set_files, "read_bytes", lambda path: read(path) + b" " * (next(counter) % 7))
     with pytest.raises(StoreError, match="is saved to without end"):
         SteeringVectorSet.load(tmp_path)

@@ -72,7 +72,7 @@ def check_persona_file(path: Path) -> FileCheck:
 
 def check_steering_file(path: Path) -> FileCheck:
     """Everything about a file with one steering vector."""
-    from tl_persona.vectors import SteeringVector  # Needs torch, which checking a store does without.
+    from tl_persona.steering_vector import SteeringVector  # Needs torch, which checking a store does without.
 
     size = 0
     try:

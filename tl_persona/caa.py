@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from tl_persona.backends import Backend, OnStatus, open_backend
-from tl_persona.contrast import ContrastPairDataset, as_pairs
+from tl_persona.contrast_dataset import ContrastPairDataset, as_pairs
 from tl_persona.directions import Direction, mean_difference
 from tl_persona.errors import HookError
 from tl_persona.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
@@ -21,7 +21,8 @@ from tl_persona.progress import token_progress
 from tl_persona.provenance import Provenance, software_versions, text_digest
 from tl_persona.spool import ActivationSpool
 from tl_persona.statistics import layer_statistics
-from tl_persona.vectors import SteeringVector, SteeringVectorSet
+from tl_persona.steering_vector import SteeringVector
+from tl_persona.vectors import SteeringVectorSet
 
 METHOD_NAMES = {"mean_difference": "caa", "pca_direction": "pca", "logistic_direction": "logistic"}
 """`extraction_method` of the bundled directions; another function's own name is taken as it is."""

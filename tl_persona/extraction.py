@@ -20,7 +20,7 @@ from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.plan import Sample
 from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
 from tl_persona.preview import print_masks, print_plan
-from tl_persona.samples import PersonaLike, QALike, system_prompt
+from tl_persona.records import PersonaLike, QALike, system_prompt
 from tl_persona.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors
 

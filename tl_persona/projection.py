@@ -15,8 +15,7 @@ from torch import Tensor
 from tl_persona.errors import InputError
 from tl_persona.models import HookedModel
 from tl_persona.prompts import Prompt
-from tl_persona.steering import monitor
-from tl_persona.steering_monitor import HasDirection
+from tl_persona.steering_monitor import HasDirection, monitor
 from tl_persona.token_view import Piece, TokenView, token_texts
 
 if TYPE_CHECKING:

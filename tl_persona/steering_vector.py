@@ -24,7 +24,8 @@ from tl_persona.hooks import layer_of, resid_post
 from tl_persona.layer_table import facts_of
 from tl_persona.models import HookedModel, source_of
 from tl_persona.provenance import Provenance
-from tl_persona.steering import Intervention, Mode, attach, project
+from tl_persona.steering import Intervention, Mode, attach
+from tl_persona.steering_monitor import project
 from tl_persona.steering_positions import Positions
 from tl_persona.vector_files import encode, flaw_of, own_path, read_vector
 from tl_persona.vector_reading import Fields

@@ -25,7 +25,7 @@ from tl_persona.errors import CorruptFileError, InputError, NotStoredError, Stor
 from tl_persona.files import is_folder, make_folder, refuse_outside, write_atomically
 from tl_persona.names import model_folder_name, safe_component
 from tl_persona.provenance import Provenance
-from tl_persona.samples import BASELINE_PERSONA_ID
+from tl_persona.records import BASELINE_PERSONA_ID
 from tl_persona.store_hub import StoreHub
 from tl_persona.tables import StoreTables
 from tl_persona.tensors import LayerVectors

@@ -12,9 +12,11 @@ from tl_persona.checkpoints import find_checkpoint
 from tl_persona.commands.arguments import read_dataset, read_template_kwargs
 from tl_persona.commands.model import load_for_backend, status_printer
 from tl_persona.errors import InputError, TLPersonaError
-from tl_persona.extraction import ExtractionResult, run_extraction
+from tl_persona.extraction import run_extraction
+from tl_persona.jobs import ExtractionResult
 from tl_persona.masks import MaskStrategy, as_strategies
-from tl_persona.samples import Persona, PersonaDataset, QAPair, system_prompt
+from tl_persona.records import Persona, QAPair, system_prompt
+from tl_persona.samples import PersonaDataset
 from tl_persona.sharding import AUTO, looks_like_a_batch_script, parse_shard
 from tl_persona.store import PersonaVectorStore
 

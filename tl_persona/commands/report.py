@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 from tl_persona.errors import InputError
 from tl_persona.jsonl import read_records
-from tl_persona.report import write_report
-from tl_persona.samples import Persona, PersonaDataset
+from tl_persona.records import Persona
+from tl_persona.report.page import write_report
+from tl_persona.samples import PersonaDataset
 
 
 def run(arguments: Namespace) -> int:

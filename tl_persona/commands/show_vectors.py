@@ -8,8 +8,9 @@ from rich.table import Table
 
 from tl_persona.artifact_header import format_of
 from tl_persona.files import is_folder
+from tl_persona.steering_vector import SteeringVector
 from tl_persona.vector_files import FORMAT
-from tl_persona.vectors import SteeringVector, SteeringVectorSet
+from tl_persona.vectors import SteeringVectorSet
 
 
 def is_steering(path: Path) -> bool:

@@ -10,7 +10,8 @@ from tl_persona.commands.model import load_named_model
 from tl_persona.errors import InputError
 from tl_persona.generation import generate
 from tl_persona.steering import Intervention
-from tl_persona.vectors import SteeringVector, SteeringVectorSet
+from tl_persona.steering_vector import SteeringVector
+from tl_persona.vectors import SteeringVectorSet
 
 
 def run(arguments: Namespace) -> int:

@@ -31,7 +31,7 @@ def collection_data(collection: Collection, attributes: Attributes, matrices: in
     Args:
         collection: Which.
         attributes: Of its personas, as far as they are known.
-        matrices: See `thinning.thinned`.
+        matrices: See `report.thinning.thinned`.
 
     Raises:
         StoreError: A file cannot be read or trusted.

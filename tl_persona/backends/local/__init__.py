@@ -31,7 +31,7 @@ class LocalBackend:
     """The backend for a model in this process.
 
     Raises:
-        InputError: The model cannot be used (see `boot.as_hooked_model`).
+        InputError: The model cannot be used (see `backends.local.boot.as_hooked_model`).
     """
 
     def __init__(self, model: Any, *, tokenizer: Any = None) -> None:

@@ -27,7 +27,7 @@ class Payload:
     Attributes:
         passes: For every pass a mapping of plain values and CPU tensors, for the server has no classes of ours:
             `ids` (row, pos); `positions` (row, pos) and `visible` (row, pos, key), or None where the model's own
-            will do; `rows`; `kept` and `context`, as in `plan.Pass`; `used`, the selected tokens among row * pos;
+            will do; `rows`; `kept` and `context`, as in `rows.Pass`; `used`, the selected tokens among row * pos;
             `weights` (slot, selected), float32.
         n_slots: Number of sums.
         cache_name: The argument that continues a cache, as the server's transformers calls it.

@@ -64,7 +64,7 @@ class Transport:
         """Sends a request and gives the id of its job.
 
         Args:
-            blob: The request, as `tracing.serialize` makes it.
+            blob: The request, as `backends.remote.tracing.serialize` makes it.
             deadline: By `time.monotonic`.
 
         Raises:
