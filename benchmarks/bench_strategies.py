@@ -20,8 +20,8 @@ from runs import assert_all_took_the_shortcuts, watched_runs
 
 from tl_persona import MaskStrategy, PersonaVectorStore, load_model, run_extraction
 from tl_persona.checkpoints import find_checkpoint, load_hf_model
+from tl_persona.data.personas import system_prompt
 from tl_persona.prepared import MaskedPrompts, persona_prompts
-from tl_persona.records import system_prompt
 
 QUESTIONS = 24
 ALLOWED = 1.2

@@ -19,14 +19,13 @@ import torch
 
 from tl_persona.artifact import encode
 from tl_persona.commands.show_vectors import is_steering
-from tl_persona.contrast_dataset import ContrastPairDataset
+from tl_persona.data.contrast import ContrastPairDataset
+from tl_persona.data.dataset import PersonaDataset, related_frq_qids
+from tl_persona.data.personas import answer_text, question_text
 from tl_persona.description import describe
 from tl_persona.errors import TLPersonaError
-from tl_persona.hub import related_frq_qids
 from tl_persona.merging import merge_stores
 from tl_persona.provenance import Provenance
-from tl_persona.records import answer_text, question_text
-from tl_persona.samples import PersonaDataset
 from tl_persona.store import PersonaVectorStore
 from tl_persona.store_check import check_saved
 from tl_persona.vectors import SteeringVector, SteeringVectorSet

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import tl_persona
 from tl_persona.cli import main
-from tl_persona.records import Persona, QAPair
-from tl_persona.samples import PersonaDataset
+from tl_persona.data.dataset import PersonaDataset
+from tl_persona.data.personas import Persona, QAPair
 from tl_persona.store import PersonaVectorStore
 
 Row = dict[str, Any]
@@ -356,7 +356,7 @@ def test_the_questions_of_one_persona_are_held_at_a_time(cli: CommandLine, monke
         held[persona.id] = [pair.qid for reference in read if (pair := reference()) is not None]
         return []
 
-    monkeypatch.setattr("tl_persona.samples.QAPair", Watched)
+    monkeypatch.setattr("tl_persona.data.dataset.QAPair", Watched)
     monkeypatch.setattr("tl_persona.commands.extract.load_for_backend", lambda *_: object())
     monkeypatch.setattr("tl_persona.commands.extract.run_extraction", pretend)
     assert cli() == 0

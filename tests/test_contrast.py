@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_persona import contrast
-from tl_persona.contrast import BEHAVIORS, load_pairs
-from tl_persona.contrast_dataset import ContrastPairDataset, as_pairs
-from tl_persona.contrast_pair import ROLES, ContrastPair
+from tl_persona.data import behaviors
+from tl_persona.data.behaviors import BEHAVIORS, load_pairs
+from tl_persona.data.contrast import ROLES, ContrastPair, ContrastPairDataset, as_pairs
 from tl_persona.errors import InputError, NotStoredError, StoreError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -319,7 +318,7 @@ def test_a_bundled_behaviour_is_well_formed(behavior: str) -> None:
     for pair in data:
         assert [turn["role"] for turn in pair.shared_turns][-1] == "user"
         assert len(pair.positive) == len(pair.negative) == len(pair.shared_turns) + 1
-    assert getattr(contrast, f"load_{behavior}_pairs")() == data
+    assert getattr(behaviors, f"load_{behavior}_pairs")() == data
 
 
 def test_the_length_of_the_answer_does_not_tell_the_sides_apart() -> None:
@@ -333,8 +332,8 @@ def test_the_length_of_the_answer_does_not_tell_the_sides_apart() -> None:
 
 
 def test_other_names_of_the_reference_load_the_same_pairs() -> None:
-    assert contrast.load_hierarchy_pairs() == load_pairs("instruction_hierarchy")
-    assert contrast.get_refusal_pairs() == load_pairs("refusal")
+    assert behaviors.load_hierarchy_pairs() == load_pairs("instruction_hierarchy")
+    assert behaviors.get_refusal_pairs() == load_pairs("refusal")
 
 
 def test_an_unknown_behaviour_is_refused_with_near_names() -> None:
@@ -347,7 +346,7 @@ def test_an_unknown_behaviour_is_refused_with_near_names() -> None:
 
 
 def test_importing_contrast_does_not_load_torch() -> None:
-    code = "import sys, tl_persona.contrast; tl_persona.contrast.load_pairs('humor'); print('torch' in sys.modules)"
-    folder = Path(contrast.__file__).parent.parent
+    code = "import sys, tl_persona.data.behaviors as b; b.load_pairs('humor'); print('torch' in sys.modules)"
+    folder = Path(behaviors.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.stdout == "False\n", done.stderr

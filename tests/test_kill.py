@@ -26,9 +26,9 @@ from test_extraction import MARA, QUESTIONS, VARIANTS
 from test_store import PROVENANCE, VECTORS, save
 
 from tl_persona import files, manifest
+from tl_persona.data.personas import Persona
 from tl_persona.errors import StoreError
 from tl_persona.extraction import run_extraction
-from tl_persona.records import Persona
 from tl_persona.store import PersonaVectorStore
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_persona import load_model, prepare_inputs
 from tl_persona.backends import open_backend
+from tl_persona.data.personas import QAPair
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.masks import MaskStrategy
 from tl_persona.plan import Sample
-from tl_persona.records import QAPair
 
 pytestmark = pytest.mark.tl
 

@@ -20,11 +20,11 @@ from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, write_as
 
 from tl_persona.artifact_header import SUFFIX
 from tl_persona.cli import main
+from tl_persona.data.dataset import PersonaDataset
+from tl_persona.data.shards import Shard
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.merging import MergedFolder, OnConflict, merge_stores
 from tl_persona.provenance import Provenance
-from tl_persona.samples import PersonaDataset
-from tl_persona.sharding import Shard
 from tl_persona.store import PersonaVectorStore
 
 MODEL = "org/tiny"

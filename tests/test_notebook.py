@@ -13,9 +13,9 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from tl_persona import prepare_inputs
+from tl_persona.data.personas import QAPair
 from tl_persona.errors import InputError
 from tl_persona.projection import TextProjection, project_text
-from tl_persona.records import QAPair
 from tl_persona.store import PersonaVectorStore
 from tl_persona.token_view import token_texts
 from tl_persona.vectors import SteeringVector, SteeringVectorSet

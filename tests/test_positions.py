@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, build_tokenizer
 from torch import Tensor
 
-from tl_persona.contrast_pair import ContrastPair
+from tl_persona.data.contrast import ContrastPair
+from tl_persona.data.personas import QAPair
 from tl_persona.errors import InputError, PromptError
 from tl_persona.masks import MaskStrategy
 from tl_persona.positions import TokenPosition, contrast_texts
 from tl_persona.prepared import prepare_inputs
-from tl_persona.records import QAPair
 
 PLAIN = build_tokenizer(FAMILIES["llama"])  # no BOS, a system role
 WITH_BOS = build_tokenizer(FAMILIES["gemma"])  # its template renders a BOS, and it adds one to raw text

@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tl_persona.jsonl as jsonl
+import tl_persona.data.jsonl as jsonl
+from tl_persona.data.dataset import PersonaDataset, related_frq_qids
+from tl_persona.data.personas import BASELINE_PERSONA_ID, Persona, QAPair, answer_text, question_text, system_prompt
 from tl_persona.errors import InputError
-from tl_persona.hub import related_frq_qids
-from tl_persona.records import BASELINE_PERSONA_ID, Persona, QAPair, answer_text, question_text, system_prompt
-from tl_persona.samples import PersonaDataset
 
 Row = dict[str, Any]
 
@@ -527,7 +526,7 @@ def test_the_leakage_filter_has_work_in_the_bundled_data() -> None:
 
 
 def test_importing_samples_loads_neither_torch_nor_the_hub_client() -> None:
-    code = "import sys, tl_persona.samples; print({'torch', 'huggingface_hub', 'transformers'} & set(sys.modules))"
+    code = "import sys, tl_persona.data.dataset; print({'torch', 'huggingface_hub', 'transformers'} & set(sys.modules))"
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

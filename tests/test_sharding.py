@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tl_persona.data.shards import Shard, looks_like_a_batch_script, own_device, parse_shard, shard_from_environment
 from tl_persona.errors import InputError
-from tl_persona.sharding import Shard, looks_like_a_batch_script, own_device, parse_shard, shard_from_environment
 
 COUNTS = st.integers(1, 12)
 ITEMS = st.lists(st.integers(), max_size=40)

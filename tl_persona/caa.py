@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from tl_persona.backends import Backend, OnStatus, open_backend
-from tl_persona.contrast_dataset import ContrastPairDataset, as_pairs
+from tl_persona.data.contrast import ContrastPairDataset, as_pairs
 from tl_persona.directions import Direction, mean_difference
 from tl_persona.errors import HookError
 from tl_persona.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks

@@ -11,12 +11,12 @@ from pathlib import Path
 import msgspec
 
 from tl_persona.backends import Backend, OnStatus
+from tl_persona.data.personas import PersonaLike
 from tl_persona.masks import MaskStrategy
 from tl_persona.plan import Plan
 from tl_persona.prepared import MaskedPrompts
 from tl_persona.progress import token_progress
 from tl_persona.provenance import Provenance, software_versions, text_digest, tokens_digest
-from tl_persona.records import PersonaLike
 from tl_persona.reducers import PersonaMean
 from tl_persona.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from tl_persona.contrast_pair import ContrastPair
+from tl_persona.data.contrast import ContrastPair
 from tl_persona.errors import InputError
 from tl_persona.masks import MaskStrategy, SpanBatch, build_masks
 from tl_persona.plan import Sample

@@ -19,13 +19,13 @@ from tl_persona import manifest
 from tl_persona.agreement import refuse_anothers_file, refuse_misfit
 from tl_persona.artifact import decode, encode
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_header
+from tl_persona.data.personas import BASELINE_PERSONA_ID
 from tl_persona.description import ArtifactDescription as ArtifactDescription
 from tl_persona.description import describe as describe
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
 from tl_persona.files import is_folder, make_folder, refuse_outside, write_atomically
 from tl_persona.names import model_folder_name, safe_component
 from tl_persona.provenance import Provenance
-from tl_persona.records import BASELINE_PERSONA_ID
 from tl_persona.store_hub import StoreHub
 from tl_persona.tables import StoreTables
 from tl_persona.tensors import LayerVectors

@@ -5,8 +5,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from tl_persona.data.dataset import PersonaDataset
 from tl_persona.errors import InputError
-from tl_persona.samples import PersonaDataset
 
 
 def read_dataset(arguments: Namespace) -> PersonaDataset:

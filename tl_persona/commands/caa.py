@@ -10,8 +10,8 @@ from tl_persona.caa import extract_caa_vectors
 from tl_persona.commands.arguments import read_template_kwargs
 from tl_persona.commands.model import load_for_backend, status_printer
 from tl_persona.commands.show_vectors import best_line, layer_table
-from tl_persona.contrast import load_pairs
-from tl_persona.contrast_dataset import ContrastPairDataset
+from tl_persona.data.behaviors import load_pairs
+from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.directions import logistic_direction, mean_difference, pca_direction
 from tl_persona.errors import InputError
 

@@ -11,13 +11,13 @@ from rich.text import Text
 from tl_persona.checkpoints import find_checkpoint
 from tl_persona.commands.arguments import read_dataset, read_template_kwargs
 from tl_persona.commands.model import load_for_backend, status_printer
+from tl_persona.data.dataset import PersonaDataset
+from tl_persona.data.personas import Persona, QAPair, system_prompt
+from tl_persona.data.shards import AUTO, looks_like_a_batch_script, parse_shard
 from tl_persona.errors import InputError, TLPersonaError
 from tl_persona.extraction import run_extraction
 from tl_persona.jobs import ExtractionResult
 from tl_persona.masks import MaskStrategy, as_strategies
-from tl_persona.records import Persona, QAPair, system_prompt
-from tl_persona.samples import PersonaDataset
-from tl_persona.sharding import AUTO, looks_like_a_batch_script, parse_shard
 from tl_persona.store import PersonaVectorStore
 
 

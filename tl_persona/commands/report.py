@@ -3,11 +3,11 @@
 from argparse import Namespace
 from collections.abc import Iterable
 
+from tl_persona.data.dataset import PersonaDataset
+from tl_persona.data.jsonl import read_records
+from tl_persona.data.personas import Persona
 from tl_persona.errors import InputError
-from tl_persona.jsonl import read_records
-from tl_persona.records import Persona
 from tl_persona.report.page import write_report
-from tl_persona.samples import PersonaDataset
 
 
 def run(arguments: Namespace) -> int:

@@ -1,41 +1,11 @@
-"""Contrast pairs: two texts, or two chats, that differ in one behaviour, and the eleven behaviours bundled here.
-
-The positive side shows the behaviour, the negative side does not; a steering vector points from negative to
-positive. A side is raw text or a list of chat messages. Rendering a chat with a tokenizer's template and finding
-token positions is the work of `prompts` and `masks`; running a model is the backend's. Nothing here needs torch.
-"""
+"""The eleven behaviours whose contrast pairs come with this package, and a function for each."""
 
 import difflib
 import json
 from importlib import resources
 
-from tl_persona.contrast_dataset import ContrastPairDataset, as_pairs, from_json
-from tl_persona.contrast_pair import ROLES, ContrastPair, PairLike, Side
+from tl_persona.data.contrast import ContrastPairDataset, from_json
 from tl_persona.errors import InputError
-
-__all__ = [
-    "BEHAVIORS",
-    "ROLES",
-    "ContrastPair",
-    "ContrastPairDataset",
-    "PairLike",
-    "Side",
-    "as_pairs",
-    "get_refusal_pairs",
-    "load_assertiveness_pairs",
-    "load_conciseness_pairs",
-    "load_creativity_pairs",
-    "load_empathy_pairs",
-    "load_formality_pairs",
-    "load_hierarchy_pairs",
-    "load_humor_pairs",
-    "load_instruction_hierarchy_pairs",
-    "load_pairs",
-    "load_refusal_pairs",
-    "load_technical_depth_pairs",
-    "load_tool_restraint_pairs",
-    "load_uncertainty_pairs",
-]
 
 BEHAVIORS = (
     "refusal",
@@ -50,7 +20,7 @@ BEHAVIORS = (
     "empathy",
     "technical_depth",
 )
-"""The behaviours `load_pairs` knows; their files are in `data/contrast`."""
+"""The behaviours `load_pairs` knows; their files are in `bundled/contrast`."""
 
 
 def load_pairs(behavior: str) -> ContrastPairDataset:
@@ -67,7 +37,7 @@ def load_pairs(behavior: str) -> ContrastPairDataset:
         near = difflib.get_close_matches(str(behavior), BEHAVIORS, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(BEHAVIORS)}"
         raise InputError(f"no bundled contrast pairs for behavior {behavior!r}; {hint}")
-    source = resources.files("tl_persona") / "data" / "contrast" / f"{behavior}.json"
+    source = resources.files("tl_persona") / "data" / "bundled" / "contrast" / f"{behavior}.json"
     return from_json(json.loads(source.read_bytes()), f"bundled {behavior}.json")
 
 

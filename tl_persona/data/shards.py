@@ -1,7 +1,7 @@
 """Which personas a process takes when several share one run: the one of position p in the list goes to shard p mod N.
 
 Pure: a shard follows from the arguments and the environment's variables alone, so processes need not talk to each
-other. Starting processes is the work of SLURM, torchrun or a shell; keeping their files apart is the store's.
+other. SLURM, torchrun or a shell starts them.
 
 Shards count from 0, as the ranks of torchrun and SLURM do: `0/4`, `1/4`, `2/4` and `3/4` together are everything.
 """

@@ -1,7 +1,6 @@
 """Personas and their questions: plain frozen records, and their words in a chat.
 
-Any object with the attributes of `PersonaLike` or `QALike` can stand for a record. Reading records from files is
-`samples`' work; rendering their words with a chat template is `prompts`'. No torch here.
+Any object with the attributes of `PersonaLike` or `QALike` can stand for a record.
 """
 
 from collections.abc import Sequence
