@@ -141,7 +141,7 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
     """The real model's weights and tokenizer, read from the file once; the processors are shared out among workers."""
     import torch
 
-    from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+    from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 
     threads = torch.get_num_threads()
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from templates import BEHAVIOURS, DEFAULT_SYSTEM, Behaviour, Turns, in_text
 from tokenizer_kinds import SPECIAL, SWALLOWS, add_control_tokens, fast_tokenizer
 
-from tl_persona.checkpoints import load_tokenizer
+from tl_persona.models.checkpoints import load_tokenizer
 from tl_persona.prompts import Chat, Prompt, prepare_prompts
 from tl_persona.verification import verify
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_persona
 from tl_persona import caa, extract_caa_vector, extract_caa_vectors, get_model_config, load_pairs, load_refusal_pairs
-from tl_persona.checkpoints import find_checkpoint
 from tl_persona.data.contrast import ContrastPair, ContrastPairDataset, Side
 from tl_persona.directions import logistic_direction, mean_difference, pca_direction
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.masks import MaskStrategy
+from tl_persona.models.checkpoints import find_checkpoint
 from tl_persona.positions import TokenPosition
 from tl_persona.provenance import text_digest
 from tl_persona.spool import ActivationSpool

@@ -14,8 +14,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_persona.configs import MODEL_CONFIGS, ModelConfig, RecommendedLayers, get_model_config
 from tl_persona.errors import ModelError
+from tl_persona.models.configs import MODEL_CONFIGS, ModelConfig, RecommendedLayers, get_model_config
 
 KNOWN_NAMES = st.sampled_from(sorted(MODEL_CONFIGS))
 
@@ -290,7 +290,7 @@ def test_the_table_cannot_be_changed() -> None:
 
 def test_looking_up_a_known_name_loads_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys; from tl_persona.configs import get_model_config; "
+        "import sys; from tl_persona.models.configs import get_model_config; "
         "get_model_config('gpt2').get_recommended_layers(); print({'torch', 'transformers'} & set(sys.modules))"
     )
     root = Path(__file__).resolve().parent.parent

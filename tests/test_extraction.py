@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_persona
 from tl_persona import load_model
-from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 from tl_persona.data.personas import Persona, QAPair, system_prompt
 from tl_persona.errors import HookError, InputError, MaskError, NonFiniteError, PromptError, StoreMismatchError
 from tl_persona.extraction import ExtractionResult, MaskStrategy, extract_activations, prepare_inputs, run_extraction
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 from tl_persona.store import PersonaVectorStore
 
 Boot = Callable[[str, str], Any]

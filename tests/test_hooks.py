@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_persona.errors import HookError
-from tl_persona.hooks import LayerSelection, layer_of, resid_post, resolve_hooks
+from tl_persona.models.hooks import LayerSelection, layer_of, resid_post, resolve_hooks
 
 N_LAYERS = 12
 SITES = ("hook_in", "attn.hook_out", "attn.q.hook_out", "mlp.hook_out", "hook_out", "hook_resid_pre", "hook_resid_post")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tl_persona import SteeringVector, SteeringVectorSet
-from tl_persona.checkpoints import find_checkpoint
+from tl_persona.models.checkpoints import find_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.tl]
 

@@ -12,12 +12,12 @@ from conftest import HAS_HOOKED_TRANSFORMER
 from tiny import CONTEXT, D_MODEL, GPT2_CONTEXT, N_LAYERS, build_tiny
 from transformers import AutoModelForCausalLM
 
-import tl_persona.checkpoints as checkpoints
+import tl_persona.models.checkpoints as checkpoints
 from tl_persona import load_model
 from tl_persona.backends import open_backend
-from tl_persona.checkpoints import SMOLLM2_INSTALL, find_checkpoint, load_tokenizer
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
-from tl_persona.models import HookedModel, ModelFacts, source_of
+from tl_persona.models.checkpoints import SMOLLM2_INSTALL, find_checkpoint, load_tokenizer
+from tl_persona.models.facts import HookedModel, ModelFacts, source_of
 
 HOOKED = pytest.param("hooked", marks=pytest.mark.hooked)
 BOTH_KINDS = pytest.mark.parametrize("kind", ["bridge", HOOKED])

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from tl_persona.data.personas import QAPair
 from tl_persona.masks import MaskStrategy, build_mask
-from tl_persona.models import ModelFacts
+from tl_persona.models.facts import ModelFacts
 from tl_persona.plan import Sample, Sharing, make_plan
 from tl_persona.prepared import MaskedPrompts, persona_prompts
 from tl_persona.preview import legend, masked_text, print_masks, print_plan

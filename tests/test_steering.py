@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tl_persona.backends.local.observers import is_observed
 from tl_persona.backends.local.trial import trial_of
 from tl_persona.errors import HookError, InputError, NonFiniteError
-from tl_persona.hooks import resid_post
 from tl_persona.loading import load_model
-from tl_persona.models import source_of
+from tl_persona.models.facts import source_of
+from tl_persona.models.hooks import resid_post
 from tl_persona.provenance import Provenance
 from tl_persona.steering import Intervention, attach, monitor, project
 from tl_persona.steering_passes import PassWatch

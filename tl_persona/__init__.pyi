@@ -2,7 +2,6 @@ __version__: str
 
 from .caa import extract_caa_vector as extract_caa_vector
 from .caa import extract_caa_vectors as extract_caa_vectors
-from .configs import get_model_config as get_model_config
 from .data.behaviors import BEHAVIORS as BEHAVIORS
 from .data.behaviors import load_assertiveness_pairs as load_assertiveness_pairs
 from .data.behaviors import load_conciseness_pairs as load_conciseness_pairs
@@ -27,11 +26,12 @@ from .extraction import extract_activations as extract_activations
 from .extraction import run_extraction as run_extraction
 from .generation import Generation as Generation
 from .generation import generate as generate
-from .hooks import resolve_hooks as resolve_hooks
 from .jobs import ExtractionResult as ExtractionResult
 from .loading import load_model as load_model
 from .masks import MaskStrategy as MaskStrategy
 from .merging import merge_stores as merge_stores
+from .models.configs import get_model_config as get_model_config
+from .models.hooks import resolve_hooks as resolve_hooks
 from .prepared import PreparedInput as PreparedInput
 from .prepared import prepare_inputs as prepare_inputs
 from .projection import project_text as project_text

@@ -15,9 +15,9 @@ from torch import Tensor
 from tl_persona.backends import JOURNAL_FOLDER, OnStatus, open_backend
 from tl_persona.data.personas import PersonaLike, QALike, system_prompt
 from tl_persona.errors import InputError
-from tl_persona.hooks import LayerSelection, resolve_hooks
 from tl_persona.jobs import ExtractionResult, VariantJob, pooled_means, provenance_of
 from tl_persona.masks import MaskStrategy, as_strategies
+from tl_persona.models.hooks import LayerSelection, resolve_hooks
 from tl_persona.plan import Sample
 from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
 from tl_persona.preview import print_masks, print_plan
@@ -52,7 +52,7 @@ def extract_activations(
         model: What `load_model` returns, or any model `open_backend` takes.
         input_ids_list: Token ids of each sample, 1-D.
         token_masks: For each sample a mask of the same length, True where the token contributes.
-        layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
+        layers: Which hooks to read (see `models.hooks.resolve_hooks`); None is `resid_post` of every block.
         remote: True runs on NDIF; `model` may then be a name.
         on_status: Told how remote jobs are, and when the work is done (see `OnStatus`).
         batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
@@ -118,7 +118,7 @@ def run_extraction(
         on_status: Told how remote jobs are, and of every vector saved or found (see `OnStatus`).
         verbose: Prints prompts with their masks in colour, and what the plan will cost.
         activations_dir: Root of the store; None is `artifacts/activations`.
-        layers: Which hooks to read (see `hooks.resolve_hooks`); None is `resid_post` of every block.
+        layers: Which hooks to read (see `models.hooks.resolve_hooks`); None is `resid_post` of every block.
         template_kwargs: Passed to the chat template.
         force: True computes what is stored again.
         batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from tl_persona.backends import require_remote
-from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 from tl_persona.errors import InputError
-from tl_persona.models import HookedModel, ModelSource, remember_source
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.models.facts import HookedModel, ModelSource, remember_source
 
 if TYPE_CHECKING:
     import torch

@@ -3,34 +3,14 @@
 The same for every backend. Running them is the backends' work.
 """
 
-import re
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_persona.hooks import layer_of
 from tl_persona.plan import Plan, Sharing
 from tl_persona.rows import Pass, Row, Segment
 
 _PAD_ID = 0  # any valid id does: what follows a text cannot change it, and padding is never pooled
-
-_EMBEDDING = re.compile(r"(hook_)?(pos_)?embed(\.|$)")
-
-
-def stop_layer(names: Sequence[str]) -> int | None:
-    """The first block that need not run; None where a hook lies behind the blocks or outside them."""
-    needed = [_blocks_needed(name) for name in names]
-    known = [count for count in needed if count is not None]
-    return max(known) if len(known) == len(needed) else None
-
-
-def _blocks_needed(name: str) -> int | None:
-    layer = layer_of(name)
-    if layer is not None:
-        return layer + 1
-    return 0 if _EMBEDDING.match(name) else None
 
 
 def pass_tokens(plan: Plan, each: Pass) -> Int[Tensor, "row pos"]:

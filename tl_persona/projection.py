@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import InputError
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
 from tl_persona.prompts import Prompt
 from tl_persona.steering_monitor import HasDirection, monitor
 from tl_persona.token_view import Piece, TokenView, token_texts

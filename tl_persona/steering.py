@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import InputError, NonFiniteError
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
 from tl_persona.steering_hooks import (
     check_activation,
     check_edit_is_felt,

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import HookError, InputError, NonFiniteError
-from tl_persona.hooks import layer_of, resolve_hooks
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
+from tl_persona.models.hooks import layer_of, resolve_hooks
 
 
 def hook_point(model: HookedModel, hook_name: str, direction: Float[Tensor, "d_model"]) -> Any:

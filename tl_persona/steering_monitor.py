@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import InputError
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
 from tl_persona.steering_hooks import check_activation, checked_direction, hook_point, hooked, unit_direction
 from tl_persona.steering_passes import CacheGuard, PassTokens, PassWatch
 

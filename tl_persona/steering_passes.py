@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_persona.caches import UnknownCacheError, cache_among, first_cache, tokens_held
 from tl_persona.errors import InputError
-from tl_persona.hooks import layer_of
+from tl_persona.models.caches import UnknownCacheError, cache_among, first_cache, tokens_held
+from tl_persona.models.hooks import layer_of
 
 _NEEDED_BY = "monitors need, and positions other than None"
 

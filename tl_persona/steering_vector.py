@@ -20,9 +20,9 @@ from tl_persona.errors import CorruptFileError, InputError, NonFiniteError
 from tl_persona.export.forward_hook import forward_hook
 from tl_persona.export.outgoing import block_outputs
 from tl_persona.files import make_folder, write_atomically
-from tl_persona.hooks import layer_of, resid_post
 from tl_persona.layer_table import facts_of
-from tl_persona.models import HookedModel, source_of
+from tl_persona.models.facts import HookedModel, source_of
+from tl_persona.models.hooks import layer_of, resid_post
 from tl_persona.provenance import Provenance
 from tl_persona.steering import Intervention, Mode, attach
 from tl_persona.steering_monitor import project

@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_persona.cards import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError
 from tl_persona.layer_table import METRICS, LayerTable, row_of, score_of
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
 from tl_persona.set_files import read_set, write_set
 from tl_persona.steering import Mode, attach
 from tl_persona.steering_positions import Positions

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from tl_persona.errors import MissingDependencyError
-from tl_persona.models import ModelFacts
+from tl_persona.models.facts import ModelFacts
 from tl_persona.plan import Plan, Sample
 from tl_persona.tensors import PooledMeans, SlotSums
 

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tl_persona.checkpoints import find_checkpoint
 from tl_persona.commands.arguments import read_dataset, read_template_kwargs
 from tl_persona.commands.model import load_for_backend, status_printer
 from tl_persona.data.dataset import PersonaDataset
@@ -18,6 +17,7 @@ from tl_persona.errors import InputError, TLPersonaError
 from tl_persona.extraction import run_extraction
 from tl_persona.jobs import ExtractionResult
 from tl_persona.masks import MaskStrategy, as_strategies
+from tl_persona.models.checkpoints import find_checkpoint
 from tl_persona.store import PersonaVectorStore
 
 

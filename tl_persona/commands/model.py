@@ -11,7 +11,7 @@ from tl_persona.backends import OnStatus
 from tl_persona.data.shards import own_device
 from tl_persona.errors import InputError
 from tl_persona.loading import load_model
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
 
 if TYPE_CHECKING:
     from tl_persona.backends.remote.model import RemoteModel

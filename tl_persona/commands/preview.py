@@ -9,7 +9,6 @@ from typing import NamedTuple
 import msgspec
 from rich.console import Console
 
-from tl_persona.checkpoints import load_tokenizer
 from tl_persona.commands.arguments import read_dataset, read_template_kwargs
 from tl_persona.data.behaviors import load_pairs
 from tl_persona.data.contrast import ContrastPairDataset
@@ -17,6 +16,7 @@ from tl_persona.data.jsonl import read_document
 from tl_persona.data.personas import answer_text, question_text, system_prompt
 from tl_persona.errors import InputError
 from tl_persona.masks import MaskStrategy, as_strategies
+from tl_persona.models.checkpoints import load_tokenizer
 from tl_persona.preview import print_prompt
 from tl_persona.prompts import prepare_messages
 from tl_persona.verification import verify

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import InputError
-from tl_persona.hooks import resid_post
+from tl_persona.models.hooks import resid_post
 
 
 @runtime_checkable

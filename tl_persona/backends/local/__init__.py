@@ -20,7 +20,7 @@ from tl_persona.backends.local.passes import Runner, capture_of, runners_for
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover, Settled
 from tl_persona.errors import HookError, NonFiniteError
-from tl_persona.models import HookedModel, ModelFacts
+from tl_persona.models.facts import HookedModel, ModelFacts
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
 from tl_persona.rows import Pass, Row, Segment
 

@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from tl_persona.models import ModelFacts
+from tl_persona.models.facts import ModelFacts
 
 SHARE = 0.25
 """Of the free memory: what a model needs beside the captured activations is an estimate."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from tl_persona.backends.local.native import NativeParts, native_parts
 from tl_persona.backends.local.trial import Trial, additive, known_trial, new_cache, trial_of
 from tl_persona.errors import HookError, InputError
-from tl_persona.models import HookedModel
-from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility, stop_layer
+from tl_persona.models.facts import HookedModel
+from tl_persona.models.hooks import stop_layer
+from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility
 from tl_persona.plan import Plan, Sharing
 from tl_persona.rows import Pass
 

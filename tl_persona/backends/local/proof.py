@@ -19,8 +19,8 @@ from torch import Tensor
 from tl_persona.backends.local.passes import Runner, capture_of
 from tl_persona.backends.local.shortcuts import Regime, Shortcut, shortcuts, sides
 from tl_persona.exactness import tolerance_of
-from tl_persona.models import ModelFacts
-from tl_persona.pass_tensors import stop_layer
+from tl_persona.models.facts import ModelFacts
+from tl_persona.models.hooks import stop_layer
 from tl_persona.plan import Plan, Sharing
 from tl_persona.rows import Pass, Row, Segment
 

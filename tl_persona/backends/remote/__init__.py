@@ -30,8 +30,8 @@ from tl_persona.backends.remote.sites import Sites
 from tl_persona.backends.remote.tracing import Chunk
 from tl_persona.errors import HookError, InputError, NonFiniteError, RemoteMemoryError
 from tl_persona.exactness import tolerance_of
-from tl_persona.hooks import layer_of
-from tl_persona.models import ModelFacts
+from tl_persona.models.facts import ModelFacts
+from tl_persona.models.hooks import layer_of
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
 from tl_persona.tensors import SlotSums
 

@@ -9,8 +9,8 @@ from typing import Any
 from nnsight.modeling.transformers import TransformersModel
 
 from tl_persona.backends.remote.settings import RemoteSettings
-from tl_persona.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
 from tl_persona.errors import InputError, ModelError
+from tl_persona.models.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
 
 TASK = "text-generation"
 

@@ -1,6 +1,6 @@
 """What the rest of the package needs to know of a model: one Protocol, a record of facts, a registry of sources.
 
-Both TransformerLens classes satisfy `HookedModel`; nothing here imports them. Loading is `loading`'s work.
+Both TransformerLens classes satisfy `HookedModel`; nothing here imports them.
 """
 
 from collections.abc import Mapping

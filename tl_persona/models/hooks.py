@@ -1,4 +1,4 @@
-"""Chooses layers by hook name: one function, one error.
+"""Hook names: layers chosen by name, with one function and one error, and the last block that a choice needs.
 
 A selection is an int, a range `"10:20"`, a hook name, a glob, a predicate on names, or a list of these. Names are
 TransformerLens's; an int i means `blocks.i.hook_resid_post`, the output of block i. Whether a hook carries a
@@ -16,6 +16,9 @@ from difflib import get_close_matches
 from typing import SupportsIndex, TypeAlias
 
 from tl_persona.errors import HookError
+
+_EMBEDDING = re.compile(r"(hook_)?(pos_)?embed(\.|$)")
+
 
 LayerChoice: TypeAlias = SupportsIndex | str | slice | range | Callable[[str], bool]
 LayerSelection: TypeAlias = LayerChoice | Sequence[LayerChoice] | None
@@ -183,3 +186,17 @@ def _in_model_order(found: list[str], names: dict[str, None]) -> list[str]:
 
 def _nearest(near: list[str]) -> str:
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def stop_layer(names: Sequence[str]) -> int | None:
+    """The first block that need not run; None where a hook lies behind the blocks or outside them."""
+    needed = [_blocks_needed(name) for name in names]
+    known = [count for count in needed if count is not None]
+    return max(known) if len(known) == len(needed) else None
+
+
+def _blocks_needed(name: str) -> int | None:
+    layer = layer_of(name)
+    if layer is not None:
+        return layer + 1
+    return 0 if _EMBEDDING.match(name) else None

