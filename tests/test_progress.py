@@ -7,8 +7,8 @@ import pytest
 import rich.console
 import torch
 
+from tl_persona.display import cache_hits, token_progress
 from tl_persona.plan import Sample, Sharing, make_plan
-from tl_persona.progress import cache_hits, token_progress
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from test_store import MODEL, PROVENANCE, VECTORS, save, write_as_the_reference_does
 
-from tl_persona import files, locks, manifest, manifest_check
+from tl_persona import files, manifest, manifest_check
 from tl_persona.artifact import encode
 from tl_persona.cli import main
 from tl_persona.errors import NotStoredError, StoreError
@@ -329,7 +329,7 @@ def test_a_save_that_has_not_come_to_its_index_is_waited_for(root: Path, monkeyp
 
 def test_an_index_is_checked_though_its_lock_cannot_be_had(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / PLACE / "manifest.json").unlink()
-    monkeypatch.setattr(locks, "SECONDS", 0.05)
+    monkeypatch.setattr(files, "SECONDS", 0.05)
     with manifest.locked(root / PLACE), ThreadPoolExecutor(1) as pool:
         assert kinds(pool.submit(check_saved, root).result(60)) == [("manifest.json", "index")]
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, save
 
-from tl_persona import files, locks, manifest
+from tl_persona import files, manifest
 from tl_persona.artifact import decode, encode
 from tl_persona.errors import CorruptFileError, StoreError, StoreMismatchError
 from tl_persona.files import write_atomically
@@ -194,7 +194,7 @@ def test_a_lock_that_is_never_given_back_is_an_error_and_no_hang(
     store: PersonaVectorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, "p1")
-    monkeypatch.setattr(locks, "SECONDS", 0.05)
+    monkeypatch.setattr(files, "SECONDS", 0.05)
     with manifest.locked(folder_of(store)):
         assert in_child(lambda: expect_store_error(lambda: save(store, "p2"), "another process")) == 0
 

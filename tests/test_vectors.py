@@ -26,9 +26,9 @@ from tl_persona.errors import (
     NotStoredError,
     StoreError,
 )
+from tl_persona.files import read_bytes
 from tl_persona.provenance import Provenance
 from tl_persona.rotalabs_files import read_rotalabs
-from tl_persona.vector_reading import read_bytes
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 PROVENANCE = Provenance(

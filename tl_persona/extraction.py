@@ -15,14 +15,13 @@ from torch import Tensor
 from tl_persona.backends import JOURNAL_FOLDER, OnStatus, open_backend
 from tl_persona.data.personas import PersonaLike, QALike, system_prompt
 from tl_persona.errors import InputError
-from tl_persona.jobs import ExtractionResult, VariantJob, pooled_means, provenance_of
+from tl_persona.jobs import ExtractionResult, VariantJob, pooled_means, strategy_provenance
 from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.models.hooks import LayerSelection, resolve_hooks
-from tl_persona.plan import Sample
 from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
 from tl_persona.preview import print_masks, print_plan
 from tl_persona.store import PersonaVectorStore
-from tl_persona.tensors import LayerVectors
+from tl_persona.tensors import LayerVectors, Sample
 
 __all__ = [
     "ExtractionResult",
@@ -157,7 +156,9 @@ def run_extraction(
             masked = MaskedPrompts(prompts, strategies)
             if verbose:
                 print_masks(masked, strategies, title=f"{persona.name} · {variant}")
-            provenances = {name: provenance_of(backend, model_name, hook_names, name, masked) for name in strategies}
+            provenances = {
+                name: strategy_provenance(backend, model_name, hook_names, name, masked) for name in strategies
+            }
             job = VariantJob.prepare(
                 backend, target, persona, variant, masked, provenances, force=force, batch_tokens=batch_tokens
             )

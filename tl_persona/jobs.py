@@ -12,11 +12,11 @@ import msgspec
 
 from tl_persona.backends import Backend, OnStatus
 from tl_persona.data.personas import PersonaLike
+from tl_persona.display import token_progress
 from tl_persona.masks import MaskStrategy
 from tl_persona.plan import Plan
 from tl_persona.prepared import MaskedPrompts
-from tl_persona.progress import token_progress
-from tl_persona.provenance import Provenance, software_versions, text_digest, tokens_digest
+from tl_persona.provenance import Provenance, provenance_of, software_versions
 from tl_persona.reducers import PersonaMean
 from tl_persona.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors
@@ -177,22 +177,22 @@ def pooled_means(
     return mean.results()
 
 
-def provenance_of(
+def strategy_provenance(
     backend: Backend, model_name: str, hook_names: Sequence[str], strategy: MaskStrategy, masked: MaskedPrompts
 ) -> Provenance:
     """What decides the vector of one strategy; how it ran is noted when it is saved."""
     prompts = masked.prompts_of(strategy)
     facts = backend.facts
-    return Provenance(
+    return provenance_of(
         model_name=model_name,
         revision=facts.revision,
         dtype=facts.dtype,
         weights=facts.weights,
-        hook_names=tuple(hook_names),
+        hook_names=hook_names,
         strategy=str(strategy),
-        prompts_digest=text_digest([prompt.prompt_text for prompt in prompts]),
-        sample_ids=tuple(prompt.sample_id for prompt in prompts),
-        tokens_digest=tokens_digest(
+        texts=[prompt.prompt_text for prompt in prompts],
+        sample_ids=[prompt.sample_id for prompt in prompts],
+        tokens=(
             (prompt.input_ids.numpy().astype("<i8").tobytes(), masked.mask_of(strategy, index).numpy().tobytes())
             for index, prompt in enumerate(prompts)
         ),

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from tl_persona import locks
+from tl_persona import files
 from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_header
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.files import free_name, reason
@@ -143,7 +143,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: The lock cannot be had.
     """
-    with locks.locked(folder / LOCK):
+    with files.locked(folder / LOCK):
         yield
 
 

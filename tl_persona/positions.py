@@ -13,9 +13,8 @@ import torch
 from tl_persona.data.contrast import ContrastPair
 from tl_persona.errors import InputError
 from tl_persona.masks import MaskStrategy, SpanBatch, build_masks
-from tl_persona.plan import Sample
 from tl_persona.prompts import Prompt, prepare_messages
-from tl_persona.tensors import TokenMask
+from tl_persona.tensors import Sample, TokenMask
 
 TokenPosition: TypeAlias = int | str
 """`"last"`, `"first"`, `"mean"`, an index (negative: from the end), or for chats a mask strategy's name."""

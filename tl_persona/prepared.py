@@ -12,13 +12,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_persona.cards import Card, Shown
 from tl_persona.data.personas import QALike, answer_text, question_text
+from tl_persona.display import Card, Piece, Shown, TokenView, token_texts
 from tl_persona.masks import MaskStrategy, SpanBatch, as_strategy, build_masks
-from tl_persona.plan import Sample
 from tl_persona.prompts import Chat, Prompt, prepare_prompts
-from tl_persona.tensors import TokenMask
-from tl_persona.token_view import Piece, TokenView, token_texts
+from tl_persona.tensors import Sample, TokenMask
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_persona.display import Piece, TokenView, token_texts
 from tl_persona.errors import InputError
 from tl_persona.models.facts import HookedModel
 from tl_persona.prompts import Prompt
 from tl_persona.steering_monitor import HasDirection, monitor
-from tl_persona.token_view import Piece, TokenView, token_texts
 
 if TYPE_CHECKING:
     from rich.console import Group

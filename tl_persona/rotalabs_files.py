@@ -18,8 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import CorruptFileError, NotStoredError
-from tl_persona.files import present
-from tl_persona.vector_reading import Fields, converted, parsed_json, read_bytes
+from tl_persona.files import Fields, converted, parsed_json, present, read_bytes
 
 _PROGRAM = "data.pkl"
 _MAX_PROGRAM_BYTES = 4096

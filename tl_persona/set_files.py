@@ -15,14 +15,24 @@ from typing import Annotated
 import msgspec
 
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError
-from tl_persona.files import fsync_folder, make_folder, present, reason, refuse_outside, write_atomically
-from tl_persona.locks import locked
+from tl_persona.files import (
+    SET_FILE,
+    SET_FORMAT,
+    Fields,
+    converted,
+    fsync_folder,
+    locked,
+    make_folder,
+    parsed_json,
+    present,
+    read_bytes,
+    reason,
+    refuse_outside,
+    write_atomically,
+)
 from tl_persona.rotalabs_files import read_rotalabs
 from tl_persona.vector_files import FORMAT_VERSION, SUFFIX, check_version, decode
-from tl_persona.vector_reading import Fields, converted, parsed_json, read_bytes
 
-SET_FORMAT = "tl_persona.steering_vector_set"
-SET_FILE = "metadata.json"
 LOCK = ".set.lock"
 WAITING = ".set.next"
 """Only who holds the lock writes there, so all that is in it can be removed by who takes the lock next."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.cards import Card, Shown
+from tl_persona.display import Card, Shown
 from tl_persona.errors import MissingDependencyError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.files import make_folder, write_atomically
 from tl_persona.provenance import Provenance

@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
-from tl_persona.files import is_folder, present
+from tl_persona.files import Fields, converted, is_folder, parsed_json, present, read_bytes
 from tl_persona.provenance import Provenance
 from tl_persona.rotalabs_files import read_rotalabs
-from tl_persona.vector_reading import Fields, converted, parsed_json, read_bytes
 
 FORMAT = "tl_persona.steering_vector"
 FORMAT_VERSION = "1"

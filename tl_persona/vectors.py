@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.cards import Card, Shown
+from tl_persona.display import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError
 from tl_persona.layer_table import METRICS, LayerTable, row_of, score_of
 from tl_persona.models.facts import HookedModel

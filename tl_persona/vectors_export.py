@@ -16,8 +16,8 @@ from tl_persona.errors import CorruptFileError, InputError, NotStoredError
 from tl_persona.export import control_vectors, peers
 from tl_persona.export.cards import set_card
 from tl_persona.export.repositories import CARD, pull_files, push_files
+from tl_persona.files import SET_FILE
 from tl_persona.layer_table import row_of
-from tl_persona.set_files import SET_FILE
 from tl_persona.steering_vector import SteeringVector, built
 from tl_persona.vector_files import SUFFIX
 

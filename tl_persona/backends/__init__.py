@@ -13,8 +13,8 @@ import torch
 
 from tl_persona.errors import MissingDependencyError
 from tl_persona.models.facts import ModelFacts
-from tl_persona.plan import Plan, Sample
-from tl_persona.tensors import PooledMeans, SlotSums
+from tl_persona.plan import Plan
+from tl_persona.tensors import PooledMeans, Sample, SlotSums
 
 JOURNAL_FOLDER = ".remote"
 """Below the root of a store, where a remote run keeps what it needs to continue after it was killed."""

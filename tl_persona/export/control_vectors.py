@@ -25,10 +25,9 @@ from tl_persona.errors import (
 )
 from tl_persona.export.gguf_reader import parse_gguf
 from tl_persona.export.outgoing import Outgoing, block_outputs
-from tl_persona.files import make_folder, write_atomically
+from tl_persona.files import Fields, make_folder, read_bytes, write_atomically
 from tl_persona.provenance import text_digest
 from tl_persona.vector_files import contents_of, fields_of, tensor_digest
-from tl_persona.vector_reading import Fields, read_bytes
 
 ARCHITECTURE = "controlvector"
 FORMAT_VERSION = "1"

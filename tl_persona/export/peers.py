@@ -18,10 +18,8 @@ from torch import Tensor
 
 from tl_persona.errors import InputError, MissingDependencyError, StoreError
 from tl_persona.export.outgoing import Outgoing, block_outputs
-from tl_persona.files import make_folder, write_atomically
-from tl_persona.set_files import SET_FILE, SET_FORMAT
+from tl_persona.files import SET_FILE, SET_FORMAT, make_folder, parsed_json, read_bytes, write_atomically
 from tl_persona.vector_files import contents_of
-from tl_persona.vector_reading import parsed_json, read_bytes
 
 
 def as_steering_vectors(vectors: Iterable[Outgoing]) -> Any:
