@@ -11,11 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tl_persona import plan as plan_module
-from tl_persona import rows as rows_module
 from tl_persona.errors import InputError, MaskError
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
-from tl_persona.rows import Pass, Row, Segment
+from tl_persona.plan import plan as plan_module
+from tl_persona.plan import rows as rows_module
+from tl_persona.plan.rows import Pass, Row, Segment
 
 
 def sample(*ids: int, sample_id: str = "q7") -> Sample:

@@ -21,15 +21,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tl_persona import load_model
-from tl_persona import plan as plan_module
-from tl_persona import rows as rows_module
 from tl_persona.backends import local as local_backend
 from tl_persona.backends import open_backend
 from tl_persona.backends.local import passes, proof
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
-from tl_persona.rows import Pass
+from tl_persona.plan import plan as plan_module
+from tl_persona.plan import rows as rows_module
+from tl_persona.plan.rows import Pass
 
 pytestmark = pytest.mark.tl
 

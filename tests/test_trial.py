@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tl_persona import Intervention, attach, load_model
-from tl_persona import plan as plan_module
-from tl_persona import rows as rows_module
 from tl_persona.backends import open_backend
 from tl_persona.backends.local import trial as trial_module
 from tl_persona.backends.local.trial import trial_of
 from tl_persona.errors import ModelError, TLPersonaError
 from tl_persona.plan import Sample, Sharing
+from tl_persona.plan import plan as plan_module
+from tl_persona.plan import rows as rows_module
 
 pytestmark = pytest.mark.tl
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_persona.tries import Node, prefix_trees
+from tl_persona.plan.prefixes import Node, prefix_trees
 
 Text = list[int]
 

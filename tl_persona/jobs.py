@@ -14,7 +14,7 @@ from tl_persona.backends import Backend, OnStatus
 from tl_persona.data.personas import PersonaLike
 from tl_persona.display import token_progress
 from tl_persona.masks import MaskStrategy
-from tl_persona.plan import Plan
+from tl_persona.plan.plan import Plan
 from tl_persona.prepared import MaskedPrompts
 from tl_persona.provenance import Provenance, provenance_of, software_versions
 from tl_persona.reducers import PersonaMean

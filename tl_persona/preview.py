@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_persona.errors import MaskError
 from tl_persona.masks import MaskStrategy, build_mask
 from tl_persona.models.facts import ModelFacts
-from tl_persona.plan import Plan
+from tl_persona.plan.plan import Plan
 from tl_persona.prepared import MaskedPrompts
 from tl_persona.prompts import Prompt
 from tl_persona.proofs import Change, ContentProof

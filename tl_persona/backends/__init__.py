@@ -13,7 +13,7 @@ import torch
 
 from tl_persona.errors import MissingDependencyError
 from tl_persona.models.facts import ModelFacts
-from tl_persona.plan import Plan
+from tl_persona.plan.plan import Plan
 from tl_persona.tensors import PooledMeans, Sample, SlotSums
 
 JOURNAL_FOLDER = ".remote"

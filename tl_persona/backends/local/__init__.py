@@ -21,8 +21,8 @@ from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover, Settled
 from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.models.facts import HookedModel, ModelFacts
-from tl_persona.plan import Plan, Sharing, make_plan
-from tl_persona.rows import Pass, Row, Segment
+from tl_persona.plan.plan import Plan, Sharing, make_plan
+from tl_persona.plan.rows import Pass, Row, Segment
 from tl_persona.tensors import Sample
 
 _HAS_D_MODEL = re.compile(r"(blocks\.\d+\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|embed)")

@@ -19,9 +19,9 @@ from tl_persona.backends.local.trial import Trial, additive, known_trial, new_ca
 from tl_persona.errors import HookError, InputError
 from tl_persona.models.facts import HookedModel
 from tl_persona.models.hooks import stop_layer
-from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility
-from tl_persona.plan import Plan, Sharing
-from tl_persona.rows import Pass
+from tl_persona.plan.passes import needs_mask, pass_positions, pass_tokens, pass_visibility
+from tl_persona.plan.plan import Plan, Sharing
+from tl_persona.plan.rows import Pass
 
 
 @runtime_checkable

@@ -21,8 +21,8 @@ from tl_persona.backends.local.shortcuts import Regime, Shortcut, shortcuts, sid
 from tl_persona.exactness import tolerance_of
 from tl_persona.models.facts import ModelFacts
 from tl_persona.models.hooks import stop_layer
-from tl_persona.plan import Plan, Sharing
-from tl_persona.rows import Pass, Row, Segment
+from tl_persona.plan.plan import Plan, Sharing
+from tl_persona.plan.rows import Pass, Row, Segment
 
 _NAMES = {Sharing.PACKED: "packed", Sharing.CACHED: "cached", Sharing.NONE: "batching"}
 

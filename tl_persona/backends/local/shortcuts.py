@@ -7,9 +7,9 @@ is right on most models, and on some it is not. Finding out is the work of `proo
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tl_persona.pass_tensors import needs_mask
-from tl_persona.plan import Plan
-from tl_persona.rows import Segment
+from tl_persona.plan.passes import needs_mask
+from tl_persona.plan.plan import Plan
+from tl_persona.plan.rows import Segment
 
 
 class Regime(NamedTuple):

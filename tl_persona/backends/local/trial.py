@@ -22,7 +22,7 @@ from tl_persona.errors import ModelError
 from tl_persona.exactness import tolerance_of
 from tl_persona.models import caches
 from tl_persona.models.facts import HookedModel
-from tl_persona.plan import Sharing
+from tl_persona.plan.plan import Sharing
 
 _RESIDUAL = re.compile(r"blocks\.\d+\.hook_resid_post")
 

@@ -32,7 +32,7 @@ from tl_persona.errors import HookError, InputError, NonFiniteError, RemoteMemor
 from tl_persona.exactness import tolerance_of
 from tl_persona.models.facts import ModelFacts
 from tl_persona.models.hooks import layer_of
-from tl_persona.plan import Plan, Sharing, make_plan
+from tl_persona.plan.plan import Plan, Sharing, make_plan
 from tl_persona.tensors import Sample, SlotSums
 
 BATCH_TOKENS = 4096

@@ -2,7 +2,7 @@
 
 import torch
 
-from tl_persona.plan import Plan
+from tl_persona.plan.plan import Plan
 
 
 def groups_of(plan: Plan, limit: int) -> list[list[int]]:

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.pass_tensors import needs_mask, pass_positions, pass_tokens, pass_visibility
-from tl_persona.plan import Plan
-from tl_persona.rows import Pass, Segment
+from tl_persona.plan.passes import needs_mask, pass_positions, pass_tokens, pass_visibility
+from tl_persona.plan.plan import Plan
+from tl_persona.plan.rows import Pass, Segment
 
 Slots = Sequence[Sequence[int]]
 """For each sample of a plan, the slot that each of its masks is added to."""
@@ -27,7 +27,7 @@ class Payload:
     Attributes:
         passes: For every pass a mapping of plain values and CPU tensors, for the server has no classes of ours:
             `ids` (row, pos); `positions` (row, pos) and `visible` (row, pos, key), or None where the model's own
-            will do; `rows`; `kept` and `context`, as in `rows.Pass`; `used`, the selected tokens among row * pos;
+            will do; `rows`; `kept` and `context`, as in `plan.rows.Pass`; `used`, the selected tokens among row * pos;
             `weights` (slot, selected), float32.
         n_slots: Number of sums.
         cache_name: The argument that continues a cache, as the server's transformers calls it.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from tl_persona.backends.remote.payload import Payload, payload_of
 from tl_persona.backends.remote.witness import Kind, kinds_of, reach_of, witness_of
 from tl_persona.errors import RemoteRefusedError
-from tl_persona.plan import Plan, Sharing
+from tl_persona.plan.plan import Plan, Sharing
 from tl_persona.tensors import SlotSums
 
 _CACHE_NAMES = ("past_key_values", "cache")

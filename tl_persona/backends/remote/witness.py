@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_persona.plan import Plan
-from tl_persona.rows import Pass, Row, Segment
+from tl_persona.plan.plan import Plan
+from tl_persona.plan.rows import Pass, Row, Segment
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Decides what runs together: shared prefixes once, the rest in passes under a token budget. Pure, no model.
+"""Decides what runs together: shared prefixes once, the rest in passes under a token budget.
 
 Samples of one persona begin with the same system prompt, the two texts of a contrast pair with the same turns. The
-plan finds such shared beginnings (`tries`), has each of them computed once, and lays the rest out (`rows`): one sample
-a row, or several side by side where the model can be kept from mixing them. Running a plan is the backends' work.
+plan has each such beginning computed once, and lays the rest out: one sample a row, or several side by side where the
+model can be kept from mixing them.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from tl_persona.errors import InputError
-from tl_persona.rows import Layout, Pass
-from tl_persona.tensors import Sample
-from tl_persona.tries import MIN_SHARED, prefix_trees
+from tl_persona.plan.prefixes import MIN_SHARED, prefix_trees
+from tl_persona.plan.rows import Layout, Pass
+from tl_persona.tensors import Sample as Sample
 
 DEFAULT_BATCH_TOKENS = 1024
 """Enough to fill a CPU's matrix units; backends that know their free memory set their own."""

@@ -1,7 +1,6 @@
 """Finds what token sequences share at their beginning: a compressed trie, built from their sorted order.
 
-Nothing here recurses: a long conversation, cut after every turn, nests thousands of beginnings. What is done with the
-trie is `plan`'s work.
+Nothing here recurses: a long conversation, cut after every turn, nests thousands of beginnings.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,14 +1,11 @@
-"""A pass of a plan as tensors: token ids, positions, who attends to whom; and where the model may stop.
-
-The same for every backend. Running them is the backends' work.
-"""
+"""A pass of a plan as tensors: token ids, positions, who attends to whom. The same for every backend."""
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_persona.plan import Plan, Sharing
-from tl_persona.rows import Pass, Row, Segment
+from tl_persona.plan.plan import Plan, Sharing
+from tl_persona.plan.rows import Pass, Row, Segment
 
 _PAD_ID = 0  # any valid id does: what follows a text cannot change it, and padding is never pooled
 

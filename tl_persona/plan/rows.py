@@ -1,14 +1,14 @@
 """Lays texts out in rows and passes: shared beginnings once, what follows side by side under a token budget.
 
 A segment is tokens that run once for all samples that have them; a row is segments side by side; a pass is rows that go
-through the model together. Which texts begin alike is known by then (`tries`).
+through the model together.
 """
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tl_persona.tries import Node
+from tl_persona.plan.prefixes import Node
 
 PACKED_ROW_TOKENS = 512
 """Rows of packed texts grow no longer than this: attention is computed over the whole row and then masked."""
