@@ -10,8 +10,9 @@ from templates import BEHAVIOURS, DEFAULT_SYSTEM, Behaviour, Turns, in_text
 from tokenizer_kinds import SPECIAL, SWALLOWS, add_control_tokens, fast_tokenizer
 
 from tl_persona.models.checkpoints import load_tokenizer
-from tl_persona.prompts import Chat, Prompt, prepare_prompts
-from tl_persona.verification import verify
+from tl_persona.prompts.prepare import Chat, prepare_prompts
+from tl_persona.prompts.prompt import Prompt
+from tl_persona.prompts.verify import verify
 
 TEMPLATES = (*BEHAVIOURS, *FAMILIES)
 BY_NAME = {behaviour.name: behaviour for behaviour in TEMPLATES}

@@ -18,9 +18,9 @@ from tl_persona import caa, extract_caa_vector, extract_caa_vectors, get_model_c
 from tl_persona.data.contrast import ContrastPair, ContrastPairDataset, Side
 from tl_persona.directions import logistic_direction, mean_difference, pca_direction
 from tl_persona.errors import HookError, InputError, NonFiniteError
-from tl_persona.masks import MaskStrategy
 from tl_persona.models.checkpoints import find_checkpoint
-from tl_persona.positions import TokenPosition
+from tl_persona.prompts.inputs import TokenPosition
+from tl_persona.prompts.masks import MaskStrategy
 from tl_persona.provenance import text_digest
 from tl_persona.spool import ActivationSpool
 from tl_persona.statistics import layer_statistics

@@ -23,8 +23,8 @@ from tl_persona import load_model, prepare_inputs
 from tl_persona.backends import open_backend
 from tl_persona.data.personas import QAPair
 from tl_persona.errors import HookError, InputError, NonFiniteError
-from tl_persona.masks import MaskStrategy
 from tl_persona.plan import Sample
+from tl_persona.prompts.masks import MaskStrategy
 
 pytestmark = pytest.mark.tl
 

@@ -12,10 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tl_persona.errors import InputError, MaskError
-from tl_persona.masks import BUILDERS, MaskStrategy, SpanBatch, as_strategies, as_strategy, build_mask, build_masks
-from tl_persona.prompts import Chat, Prompt, prepare_messages, prepare_prompts
-from tl_persona.proofs import SpanProof
-from tl_persona.spans import PromptSpans, Span
+from tl_persona.prompts.masks import (
+    BUILDERS,
+    MaskStrategy,
+    SpanBatch,
+    as_strategies,
+    as_strategy,
+    build_mask,
+    build_masks,
+)
+from tl_persona.prompts.prepare import Chat, prepare_messages, prepare_prompts
+from tl_persona.prompts.prompt import Prompt, PromptSpans, Span, SpanProof
 
 Side = Literal["left", "right"]
 SIDES: tuple[Side, ...] = ("left", "right")

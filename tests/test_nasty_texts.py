@@ -8,7 +8,7 @@ from templates import Behaviour
 from tokenizer_kinds import TOKENIZERS
 
 from tl_persona.errors import PromptError
-from tl_persona.prompts import Prompt
+from tl_persona.prompts.prompt import Prompt
 
 LOSSY = ("word_piece", "unigram")
 """Kinds that lower-case, normalize or lack letters; their spans are compared by offsets alone."""

@@ -12,9 +12,8 @@ from torch import Tensor
 from tl_persona.data.contrast import ContrastPair
 from tl_persona.data.personas import QAPair
 from tl_persona.errors import InputError, PromptError
-from tl_persona.masks import MaskStrategy
-from tl_persona.positions import TokenPosition, contrast_texts
-from tl_persona.prepared import prepare_inputs
+from tl_persona.prompts.inputs import TokenPosition, contrast_texts, prepare_inputs
+from tl_persona.prompts.masks import MaskStrategy
 
 PLAIN = build_tokenizer(FAMILIES["llama"])  # no BOS, a system role
 WITH_BOS = build_tokenizer(FAMILIES["gemma"])  # its template renders a BOS, and it adds one to raw text

@@ -18,7 +18,7 @@ from tokenizer_kinds import fast_tokenizer
 from tl_persona import ContrastPairDataset, PersonaDataset, load_pairs
 from tl_persona.cli import main
 from tl_persona.data.personas import system_prompt
-from tl_persona.masks import MaskStrategy
+from tl_persona.prompts.masks import MaskStrategy
 
 TYPED = ["--system", "You are Mara.", "--user", "Who are you?", "--answer", "I am Mara."]
 

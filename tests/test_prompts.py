@@ -27,10 +27,10 @@ from tokenizer_kinds import SPECIAL, TOKENIZERS, fast_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from tl_persona.errors import PromptError
-from tl_persona.prompts import Chat, prepare_messages, prepare_prompts
-from tl_persona.spans import Span
-from tl_persona.templates import learn_layout, require_chat_tokenizer, template_digest
-from tl_persona.verification import verify
+from tl_persona.prompts.prepare import Chat, prepare_messages, prepare_prompts
+from tl_persona.prompts.prompt import Span
+from tl_persona.prompts.template import require_chat_tokenizer, template_digest
+from tl_persona.prompts.verify import verify
 
 CHATML = str(BY_NAME["content_as_it_is"].template)
 EVERY_BEHAVIOUR = pytest.mark.parametrize("behaviour", TEMPLATES, ids=lambda behaviour: behaviour.name)
@@ -378,10 +378,10 @@ def test_a_message_with_more_or_less_than_role_and_text_is_refused(message: dict
 
 
 def test_a_layout_is_learned_once_for_each_sequence_of_roles(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tl_persona.reading as module
+    import tl_persona.prompts.template as module
 
     learned = []
-    learn = learn_layout
+    learn = module.learn_layout
     monkeypatch.setattr(
         module,
         "learn_layout",

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import FOLD_SEPARATOR, draw_markers
-from tl_persona.reading import ChatReader
+from tl_persona.prompts.template import FOLD_SEPARATOR, ChatReader, draw_markers
 
 Letter = str | tuple[str, int]
 """A character, and the content that it comes from; without, it is the template's own."""

@@ -12,10 +12,9 @@ from tokenizer_kinds import fast_tokenizer
 
 from tl_persona import MaskStrategy, QAPair, prepare_inputs
 from tl_persona.errors import PromptError
-from tl_persona.prompts import Prompt
-from tl_persona.proofs import Change
-from tl_persona.spans import Span, TokenAligner
-from tl_persona.verification import verify
+from tl_persona.prompts.alignment import TokenAligner
+from tl_persona.prompts.prompt import Change, Prompt, Span
+from tl_persona.prompts.verify import verify
 
 
 def chatml() -> Any:

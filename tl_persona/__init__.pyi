@@ -28,13 +28,14 @@ from .generation import Generation as Generation
 from .generation import generate as generate
 from .jobs import ExtractionResult as ExtractionResult
 from .loading import load_model as load_model
-from .masks import MaskStrategy as MaskStrategy
 from .merging import merge_stores as merge_stores
 from .models.configs import get_model_config as get_model_config
 from .models.hooks import resolve_hooks as resolve_hooks
-from .prepared import PreparedInput as PreparedInput
-from .prepared import prepare_inputs as prepare_inputs
 from .projection import project_text as project_text
+from .prompts.inputs import PreparedInput as PreparedInput
+from .prompts.inputs import prepare_inputs as prepare_inputs
+from .prompts.masks import MaskStrategy as MaskStrategy
+from .prompts.verify import verify as verify
 from .report.page import write_report as write_report
 from .steering import Intervention as Intervention
 from .steering import attach as attach
@@ -43,4 +44,3 @@ from .steering_monitor import project as project
 from .steering_vector import SteeringVector as SteeringVector
 from .store import PersonaVectorStore as PersonaVectorStore
 from .vectors import SteeringVectorSet as SteeringVectorSet
-from .verification import verify as verify

@@ -17,7 +17,7 @@ from tl_persona.directions import Direction, mean_difference
 from tl_persona.display import token_progress
 from tl_persona.errors import HookError
 from tl_persona.models.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
-from tl_persona.positions import ContrastTexts, TokenPosition, contrast_texts
+from tl_persona.prompts.inputs import ContrastTexts, TokenPosition, contrast_texts
 from tl_persona.provenance import Provenance, software_versions, text_digest
 from tl_persona.spool import ActivationSpool
 from tl_persona.statistics import layer_statistics

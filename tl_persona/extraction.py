@@ -16,10 +16,10 @@ from tl_persona.backends import JOURNAL_FOLDER, OnStatus, open_backend
 from tl_persona.data.personas import PersonaLike, QALike, system_prompt
 from tl_persona.errors import InputError
 from tl_persona.jobs import ExtractionResult, VariantJob, pooled_means, strategy_provenance
-from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.models.hooks import LayerSelection, resolve_hooks
-from tl_persona.prepared import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
-from tl_persona.preview import print_masks, print_plan
+from tl_persona.prompts.inputs import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
+from tl_persona.prompts.masks import MaskStrategy, as_strategies
+from tl_persona.prompts.preview import print_masks, print_plan
 from tl_persona.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors, Sample
 

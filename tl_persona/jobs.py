@@ -13,9 +13,9 @@ import msgspec
 from tl_persona.backends import Backend, OnStatus
 from tl_persona.data.personas import PersonaLike
 from tl_persona.display import token_progress
-from tl_persona.masks import MaskStrategy
 from tl_persona.plan.plan import Plan
-from tl_persona.prepared import MaskedPrompts
+from tl_persona.prompts.inputs import MaskedPrompts
+from tl_persona.prompts.masks import MaskStrategy
 from tl_persona.provenance import Provenance, provenance_of, software_versions
 from tl_persona.reducers import PersonaMean
 from tl_persona.store import PersonaVectorStore

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_persona.display import Piece, TokenView, token_texts
 from tl_persona.errors import InputError
 from tl_persona.models.facts import HookedModel
-from tl_persona.prompts import Prompt
+from tl_persona.prompts.prompt import Prompt
 from tl_persona.steering_monitor import HasDirection, monitor
 
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
         sample_ids: The ids of the samples, in order.
         tokens_digest: `tokens_digest` of the token ids and masks, in sample order; None where it was not recorded,
             which leaves a comparison to the other fields.
-        template_digest: `templates.template_digest` of the chat template in use; None for text without a template, or
-            where it was not recorded. It decides nothing by itself: another template that renders and masks the same
-            prompts gives the same vector.
+        template_digest: `prompts.template.template_digest` of the chat template in use; None for text without a
+            template, or where it was not recorded. It decides nothing by itself: another template that renders and
+            masks the same prompts gives the same vector.
         notes: Facts that do not decide the numbers beyond rounding: versions, model class, backend, path taken.
 
     Example:

@@ -16,8 +16,8 @@ from tl_persona.data.shards import AUTO, looks_like_a_batch_script, parse_shard
 from tl_persona.errors import InputError, TLPersonaError
 from tl_persona.extraction import run_extraction
 from tl_persona.jobs import ExtractionResult
-from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.models.checkpoints import find_checkpoint
+from tl_persona.prompts.masks import MaskStrategy, as_strategies
 from tl_persona.store import PersonaVectorStore
 
 

@@ -15,11 +15,11 @@ from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.jsonl import read_document
 from tl_persona.data.personas import answer_text, question_text, system_prompt
 from tl_persona.errors import InputError
-from tl_persona.masks import MaskStrategy, as_strategies
 from tl_persona.models.checkpoints import load_tokenizer
-from tl_persona.preview import print_prompt
-from tl_persona.prompts import prepare_messages
-from tl_persona.verification import verify
+from tl_persona.prompts.masks import MaskStrategy, as_strategies
+from tl_persona.prompts.prepare import prepare_messages
+from tl_persona.prompts.preview import print_prompt
+from tl_persona.prompts.verify import verify
 
 _SOURCES = {
     "data": ("dataset", "personas", "qa", "persona_id", "variant", "question"),

@@ -1,73 +1,15 @@
-"""Renders and tokenizes chats, with the proven spans of system prompt, question and answer.
-
-Where a content lies in the rendering is proven by `reading`, which tokens cover it by `spans`; the texts come from
-`samples` and `contrast`. Building masks is `masks`' work, checking a prompt again `verification`'s.
-"""
+"""Renders and tokenizes chats, with the proven spans of system prompt, question and answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import FOLD_SEPARATOR
-from tl_persona.proofs import ContentProof, SpanProof, change_of
-from tl_persona.reading import ChatReader, Rendering
-from tl_persona.spans import NO_SPAN, PromptSpans, Span, TokenAligner
-from tl_persona.templates import ChatTokenizer, require_chat_tokenizer, template_digest
-
-__all__ = [
-    "FOLD_SEPARATOR",
-    "Chat",
-    "ChatTokenizer",
-    "Prompt",
-    "PromptSpans",
-    "Span",
-    "prepare_messages",
-    "prepare_prompts",
-    "require_chat_tokenizer",
-    "template_digest",
-]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One rendered and tokenized chat with its spans.
-
-    Attributes:
-        sample_id: The id of the sample it was made from.
-        question: The text of the last user turn as given.
-        prompt_text: The rendered chat.
-        spans: Where system prompt, question and answer lie.
-        offset_mapping: For each token its half-open character range in `prompt_text`.
-        input_ids: Token ids, shape (pos,).
-        is_special: True at control tokens, shape (pos,): the tokenizer's special tokens, and those it was given without
-            marking them special that the template itself writes, such as DeepSeek's role tokens.
-        proof: How the spans were found, and what the template made of the contents.
-    """
-
-    sample_id: str
-    question: str
-    prompt_text: str
-    spans: PromptSpans
-    offset_mapping: list[tuple[int, int]]
-    input_ids: Int[Tensor, "pos"]
-    is_special: Bool[Tensor, "pos"]
-    proof: SpanProof
-
-    @property
-    def folded(self) -> bool:
-        """True where the template takes no system message, so that the first user turn has the system prompt too."""
-        return self.proof.folded
-
-    @property
-    def rewritten(self) -> tuple[str, ...]:
-        """The contents that the template trimmed or cut: `template`, `question`, `response`, `message 2` and so on."""
-        return self.proof.rewritten
+from tl_persona.prompts.alignment import TokenAligner
+from tl_persona.prompts.prompt import NO_SPAN, ContentProof, Prompt, PromptSpans, SpanProof, change_of
+from tl_persona.prompts.template import ChatReader, Rendering, require_chat_tokenizer, template_digest
 
 
 class Chat(NamedTuple):

@@ -1,12 +1,16 @@
-"""What is known for certain of one rendered chat: how its contents were found and what the template made of them.
+"""A rendered chat, and what is known for certain of it: its tokens, the spans of its contents, and how they were found.
 
-Plain records. Finding is `layout`'s and `spans`' work, checking a prompt again `verification`'s.
+Plain records.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
-from tl_persona.layout import CharRange
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_persona.prompts.template import CharRange
 
 
 class Change(StrEnum):
@@ -58,7 +62,7 @@ class SpanProof:
             role names, default system prompts, dates, think blocks.
         folded: True where the template takes no system message, so that the system prompt was put in front of the
             first user turn.
-        template_digest: `templates.template_digest` of the template in use.
+        template_digest: `prompts.template.template_digest` of the template in use.
     """
 
     contents: tuple[ContentProof, ...]
@@ -75,3 +79,60 @@ class SpanProof:
     def rewritten(self) -> tuple[str, ...]:
         """The names of the contents that the template trimmed or cut."""
         return tuple(content.name for content in self.contents if content.change is not Change.KEPT)
+
+
+class Span(NamedTuple):
+    """A half-open range, in characters of the rendered prompt and in tokens."""
+
+    char_start: int
+    char_end: int
+    token_start: int
+    token_end: int
+
+
+class PromptSpans(NamedTuple):
+    """Where persona (`template`), question and answer (`response`) of a chat lie."""
+
+    template: Span
+    question: Span
+    response: Span
+
+
+NO_SPAN = Span(0, 0, 0, 0)
+"""The span of a system prompt that is not there."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One rendered and tokenized chat with its spans.
+
+    Attributes:
+        sample_id: The id of the sample it was made from.
+        question: The text of the last user turn as given.
+        prompt_text: The rendered chat.
+        spans: Where system prompt, question and answer lie.
+        offset_mapping: For each token its half-open character range in `prompt_text`.
+        input_ids: Token ids, shape (pos,).
+        is_special: True at control tokens, shape (pos,): the tokenizer's special tokens, and those it was given without
+            marking them special that the template itself writes, such as DeepSeek's role tokens.
+        proof: How the spans were found, and what the template made of the contents.
+    """
+
+    sample_id: str
+    question: str
+    prompt_text: str
+    spans: PromptSpans
+    offset_mapping: list[tuple[int, int]]
+    input_ids: Int[Tensor, "pos"]
+    is_special: Bool[Tensor, "pos"]
+    proof: SpanProof
+
+    @property
+    def folded(self) -> bool:
+        """True where the template takes no system message, so that the first user turn has the system prompt too."""
+        return self.proof.folded
+
+    @property
+    def rewritten(self) -> tuple[str, ...]:
+        """The contents that the template trimmed or cut: `template`, `question`, `response`, `message 2` and so on."""
+        return self.proof.rewritten

@@ -1,7 +1,7 @@
 """`verify`: checks again what is promised of a prepared prompt.
 
-Everything is computed anew from the prompt's own fields, and nothing is repaired. How prompts are prepared is
-`prompts`' and `prepared`'s work.
+Everything is computed anew from the prompt's own fields, and nothing is repaired: what is not as promised raises a
+`PromptError`.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from tl_persona.errors import PromptError
-from tl_persona.masks import build_mask
-from tl_persona.prepared import PreparedInput
-from tl_persona.prompts import Prompt
-from tl_persona.spans import TokenAligner, check_spans
+from tl_persona.prompts.alignment import TokenAligner, check_spans
+from tl_persona.prompts.inputs import PreparedInput
+from tl_persona.prompts.masks import build_mask
+from tl_persona.prompts.prompt import Prompt
 
 
 def verify(prompt: Prompt, tokenizer: Any = None) -> None:

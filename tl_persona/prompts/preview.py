@@ -15,12 +15,11 @@ from rich.text import Text
 from torch import Tensor
 
 from tl_persona.errors import MaskError
-from tl_persona.masks import MaskStrategy, build_mask
 from tl_persona.models.facts import ModelFacts
 from tl_persona.plan.plan import Plan
-from tl_persona.prepared import MaskedPrompts
-from tl_persona.prompts import Prompt
-from tl_persona.proofs import Change, ContentProof
+from tl_persona.prompts.inputs import MaskedPrompts
+from tl_persona.prompts.masks import MaskStrategy, build_mask
+from tl_persona.prompts.prompt import Change, ContentProof, Prompt
 
 _SPAN_STYLES = {"template": "cyan", "question": "yellow", "response": "green"}
 _SPOKEN = {"template": "persona", "question": "question", "response": "answer"}

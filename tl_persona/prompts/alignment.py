@@ -3,41 +3,21 @@
 One rule for every strategy and tokenizer: a token belongs to a content when it overlaps it by at least one character,
 so a token that straddles the border of two contents belongs to both. A token without
 characters of its own belongs to it where it lies between two tokens that do. That the offsets are
-right is checked by decoding the tokens. Character ranges come from `layout`; masks are built in `masks`.
+right is checked by decoding the tokens.
 """
 
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from tl_persona.errors import PromptError
-from tl_persona.layout import CharRange
-
-
-class Span(NamedTuple):
-    """A half-open range, in characters of the rendered prompt and in tokens."""
-
-    char_start: int
-    char_end: int
-    token_start: int
-    token_end: int
-
-
-class PromptSpans(NamedTuple):
-    """Where persona (`template`), question and answer (`response`) of a chat lie."""
-
-    template: Span
-    question: Span
-    response: Span
-
-
-NO_SPAN = Span(0, 0, 0, 0)
-"""The span of a system prompt that is not there."""
+from tl_persona.prompts.prompt import NO_SPAN, PromptSpans, Span
+from tl_persona.prompts.template import CharRange
 
 Offsets = Int[np.ndarray, "token 2"]
 """For each token its half-open range of characters."""

@@ -1,7 +1,7 @@
 """Builds token masks from spans: eight strategies, batched, by broadcasting.
 
-A strategy is a function from a `SpanBatch` to `Bool[Tensor, "batch pos"]`; the one-sample form is a batch of one.
-Finding spans is `prompts`' work, and what a mask is pooled with is the backends'.
+A strategy is a function from a `SpanBatch` to `Bool[Tensor, "batch pos"]`; the one-sample form is a batch of one. A
+mask that would select nothing raises a `MaskError`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import InputError, MaskError
-from tl_persona.prompts import Prompt
+from tl_persona.prompts.prompt import Prompt
 from tl_persona.tensors import BatchMask
 
 
