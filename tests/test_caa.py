@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tl_persona
 from tl_persona import caa, extract_caa_vector, extract_caa_vectors, get_model_config, load_pairs, load_refusal_pairs
 from tl_persona.data.contrast import ContrastPair, ContrastPairDataset, Side
-from tl_persona.directions import logistic_direction, mean_difference, pca_direction
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.models.checkpoints import find_checkpoint
 from tl_persona.prompts.inputs import TokenPosition
 from tl_persona.prompts.masks import MaskStrategy
 from tl_persona.provenance import text_digest
-from tl_persona.spool import ActivationSpool
-from tl_persona.statistics import layer_statistics
+from tl_persona.statistics.directions import logistic_direction, mean_difference, pca_direction
+from tl_persona.statistics.layers import layer_statistics
+from tl_persona.statistics.means import ActivationSpool
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 pytestmark = pytest.mark.tl

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_persona.directions import logistic_direction, mean_difference, pca_direction
 from tl_persona.errors import InputError, MissingDependencyError
+from tl_persona.statistics.directions import logistic_direction, mean_difference, pca_direction
 
 EVERY_DIRECTION = pytest.mark.parametrize("direction", [mean_difference, pca_direction, logistic_direction])
 FITTED = pytest.mark.parametrize("direction", [pca_direction, logistic_direction])
@@ -94,7 +94,7 @@ def test_the_logistic_direction_ranks_texts_as_the_classifier_does() -> None:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from tl_persona.directions import LOGISTIC_C
+    from tl_persona.statistics.directions import LOGISTIC_C
 
     pos, neg = noisy_pairs(5, n_pairs=20)
     texts = torch.cat([pos, neg]).numpy()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_persona.errors import InputError
-from tl_persona.reducers import PersonaMean
+from tl_persona.statistics.means import PersonaMean
 
 
 def pooled(*values: float) -> Tensor:

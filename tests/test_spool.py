@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_persona import spool as spool_module
-from tl_persona.spool import ActivationSpool
+from tl_persona.statistics import means as spool_module
+from tl_persona.statistics.means import ActivationSpool
 
 BOTH_PLACES = pytest.mark.parametrize("in_memory_bytes", [2**20, 0], ids=["memory", "disk"])
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from tl_persona.directions import mean_difference, pca_direction
 from tl_persona.errors import InputError, NonFiniteError
-from tl_persona.separation import auc, d_prime, held_out_separation, pair_products
-from tl_persona.statistics import LayerStatistics, agreement, layer_statistics, split_half_cosine
+from tl_persona.statistics.directions import mean_difference, pca_direction
+from tl_persona.statistics.layers import LayerStatistics, agreement, layer_statistics, split_half_cosine
+from tl_persona.statistics.separation import auc, d_prime, held_out_separation, pair_products
 
 seeds = st.integers(0, 2**31)
 scores = st.lists(st.integers(-20, 20), min_size=1, max_size=12).map(lambda values: torch.tensor(values).double())

@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_persona import extract_caa_vectors, load_pairs
 from tl_persona.plan import Sample
 from tl_persona.prompts.inputs import contrast_texts
-from tl_persona.separation import Separation, separation_of
+from tl_persona.statistics.separation import Separation, separation_of
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 pytestmark = [pytest.mark.tl, pytest.mark.slow]

@@ -13,14 +13,14 @@ import msgspec
 
 from tl_persona.backends import Backend, OnStatus, open_backend
 from tl_persona.data.contrast import ContrastPairDataset, as_pairs
-from tl_persona.directions import Direction, mean_difference
 from tl_persona.display import token_progress
 from tl_persona.errors import HookError
 from tl_persona.models.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
 from tl_persona.prompts.inputs import ContrastTexts, TokenPosition, contrast_texts
 from tl_persona.provenance import Provenance, software_versions, text_digest
-from tl_persona.spool import ActivationSpool
-from tl_persona.statistics import layer_statistics
+from tl_persona.statistics.directions import Direction, mean_difference
+from tl_persona.statistics.layers import layer_statistics
+from tl_persona.statistics.means import ActivationSpool
 from tl_persona.steering_vector import SteeringVector
 from tl_persona.vectors import SteeringVectorSet
 

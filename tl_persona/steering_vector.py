@@ -44,7 +44,7 @@ class SteeringVector(Shown):
         model_name: The model it was extracted from.
         extraction_method: How, such as `caa`.
         metadata: Facts that JSON can hold: `num_pairs`, `token_position`, `pos_mean_norm`, `neg_mean_norm` and
-            `vector_norm` as extracted, and `statistics` (see `statistics.LayerStatistics`).
+            `vector_norm` as extracted, and `statistics` (see `statistics.layers.LayerStatistics`).
         hook_name: The hook it acts at; by default `resid_post` of the block.
         provenance: What it was computed from, where that is known.
 

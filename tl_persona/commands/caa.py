@@ -12,8 +12,8 @@ from tl_persona.commands.model import load_for_backend, status_printer
 from tl_persona.commands.show_vectors import best_line, layer_table
 from tl_persona.data.behaviors import load_pairs
 from tl_persona.data.contrast import ContrastPairDataset
-from tl_persona.directions import logistic_direction, mean_difference, pca_direction
 from tl_persona.errors import InputError
+from tl_persona.statistics.directions import logistic_direction, mean_difference, pca_direction
 
 DIRECTIONS = {"mean_difference": mean_difference, "pca": pca_direction, "logistic": logistic_direction}
 

@@ -1,7 +1,6 @@
 """How much a steering direction can be trusted, measured on the contrast pairs it comes from.
 
-Everything is computed in float64 for one hook at a time, from the activations of both sides. Telling the sides of
-held-out pairs apart is `separation`'s work, choosing a layer by these numbers that of `vectors`.
+Everything is computed in float64 for one hook at a time, from the activations of both sides.
 
 Nothing is invented: under four pairs, or where both sides are equal, a statistic is None and a note says why.
 """
@@ -13,33 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.directions import Direction, mean_difference
 from tl_persona.errors import InputError
-from tl_persona.separation import (
+from tl_persona.statistics.directions import Direction, mean_difference
+from tl_persona.statistics.separation import (
     MIN_PAIRS,
-    Separation,
-    auc,
     checked_sides,
-    d_prime,
     finite_rows,
     generator_of,
     held_out_projections,
-    held_out_separation,
     pair_products,
     separation_of,
 )
-
-__all__ = [
-    "LayerStatistics",
-    "Separation",
-    "agreement",
-    "auc",
-    "d_prime",
-    "held_out_separation",
-    "layer_statistics",
-    "pair_products",
-    "split_half_cosine",
-]
 
 
 class LayerStatistics(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 Each takes `(pos, neg)`, row i of both being pair i, and returns one vector that points from negative to positive.
 Wherever a direction is asked for, a function of your own with that signature will do. The mean difference is the
 default everywhere; the others need scikit-learn. They are given the mean difference's norm, so that a steering
-coefficient means the same for all of them. Telling how good a direction is, is the work of `statistics`.
+coefficient means the same for all of them.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Everything is computed in float64 for one hook at a time, from the activations of both sides. For the mean
 difference, every fold, half and left-out mean is a sum of pair differences, so all statistics follow from two tables
 of inner products (`PairProducts`): after those, the cost depends on the number of pairs alone, not on d_model. Other
-directions are fitted anew in each fold. The other statistics are in `statistics`.
+directions are fitted anew in each fold.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_persona.directions import Direction, mean_difference
 from tl_persona.errors import InputError, NonFiniteError
+from tl_persona.statistics.directions import Direction, mean_difference
 
 MIN_PAIRS = 4
 """Two pairs a half: with fewer, a half is a single pair and a fold's training set is hardly more."""
