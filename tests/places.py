@@ -56,7 +56,6 @@ TO_MOVE = {
     "commands.steer": "cli",
     "commands.verify": "cli",
     "description": "store",
-    "exactness": "backends",
     "export": "vectors",
     "export.cards": "hub",
     "export.control_vectors": "vectors",

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_persona.backends import open_backend
-from tl_persona.backends.local import boot, budget
+from tl_persona.backends.local import backend as budget
+from tl_persona.backends.local import boot
 from tl_persona.loading import load_model
 from tl_persona.plan import Sample
 

@@ -54,8 +54,7 @@ from tl_persona import (
     run_extraction,
 )
 from tl_persona.backends import Backend, open_backend
-from tl_persona.backends.remote.model import RemoteModel, open_remote_model
-from tl_persona.backends.remote.settings import RemoteSettings
+from tl_persona.backends.remote.model import RemoteModel, RemoteSettings, open_remote_model
 from tl_persona.cli import main
 from tl_persona.errors import (
     HookError,
@@ -351,7 +350,7 @@ def test_a_local_model_has_no_server(options: dict[str, Any], folder: Path) -> N
 
 
 def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tl_persona.backends.find_spec", lambda name: None if name == "tenacity" else object())
+    monkeypatch.setattr("tl_persona.backends.choice.find_spec", lambda name: None if name == "tenacity" else object())
     with pytest.raises(MissingDependencyError, match=r"remote runs need tenacity: pip install .tl-persona\[remote\]"):
         load_model(folder, kind="remote")
 
@@ -582,7 +581,7 @@ from pathlib import Path
 from test_remote import QUICK, arguments
 from tl_persona import run_extraction
 from tl_persona.backends.remote.model import open_remote_model
-from tl_persona.backends.remote.settings import RemoteSettings
+from tl_persona.backends.remote.model import RemoteSettings
 folder, host, root, group = sys.argv[1:]
 model = open_remote_model(folder, RemoteSettings(host=host, group_tokens=int(group), **QUICK))
 run_extraction(model, **arguments(Path(root), remote=True, variants=["biography"]))

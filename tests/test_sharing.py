@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tl_persona import load_model
-from tl_persona.backends import local as local_backend
 from tl_persona.backends import open_backend
-from tl_persona.backends.local import passes, proof
+from tl_persona.backends.local import backend as local_backend
+from tl_persona.backends.local import proof
+from tl_persona.backends.local import runners as passes
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.plan import Plan, Sample, Sharing, make_plan

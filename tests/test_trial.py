@@ -177,13 +177,13 @@ def test_a_cache_that_cannot_be_made_or_continued_is_not_shared_and_that_is_said
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from tl_persona.backends.local import passes
+    from tl_persona.backends.local import runners
 
     def refuse(*_: Any) -> Any:
         raise AttributeError("'DynamicCache' object has no attribute 'layers'")
 
     if broken == "copied":
-        monkeypatch.setattr(passes, "_continued", refuse)
+        monkeypatch.setattr(runners, "_continued", refuse)
         monkeypatch.setattr(rows_module, "WORTH_CACHING", 1)
         monkeypatch.setattr(rows_module, "PACKED_ROW_TOKENS", 13)
     else:

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from tl_persona.backends import Backend, OnStatus, open_backend
+from tl_persona.backends.base import Backend, OnStatus
+from tl_persona.backends.choice import open_backend
 from tl_persona.data.contrast import ContrastPairDataset, as_pairs
 from tl_persona.display import token_progress
 from tl_persona.errors import HookError

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_persona.backends import JOURNAL_FOLDER, OnStatus, open_backend
+from tl_persona.backends.base import JOURNAL_FOLDER, OnStatus
+from tl_persona.backends.choice import open_backend
 from tl_persona.data.personas import PersonaLike, QALike, system_prompt
 from tl_persona.errors import InputError
 from tl_persona.jobs import ExtractionResult, VariantJob, pooled_means, strategy_provenance

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from tl_persona.backends import Backend, OnStatus
+from tl_persona.backends.base import Backend, OnStatus
 from tl_persona.data.personas import PersonaLike
 from tl_persona.display import token_progress
 from tl_persona.plan.plan import Plan

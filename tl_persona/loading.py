@@ -6,7 +6,7 @@ An outer recipe: it joins `checkpoints` (transformers) with the local backend's 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
-from tl_persona.backends import require_remote
+from tl_persona.backends.choice import require_remote
 from tl_persona.errors import InputError
 from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 from tl_persona.models.facts import HookedModel, ModelSource, remember_source
@@ -120,8 +120,7 @@ def _remote_model(
     allow_http: bool,
 ) -> "RemoteModel":
     require_remote()
-    from tl_persona.backends.remote.model import open_remote_model
-    from tl_persona.backends.remote.settings import RemoteSettings
+    from tl_persona.backends.remote.model import RemoteSettings, open_remote_model
 
     settings = RemoteSettings.from_environment(host=host, timeout=timeout, allow_http=allow_http)
     return open_remote_model(name, settings, revision=revision, trust_remote_code=trust_remote_code)

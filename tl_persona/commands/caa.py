@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tl_persona.backends import JOURNAL_FOLDER
+from tl_persona.backends.base import JOURNAL_FOLDER
 from tl_persona.caa import extract_caa_vectors
 from tl_persona.commands.arguments import read_template_kwargs
 from tl_persona.commands.model import load_for_backend, status_printer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from tl_persona.backends import OnStatus
+from tl_persona.backends.base import OnStatus
 from tl_persona.data.shards import own_device
 from tl_persona.errors import InputError
 from tl_persona.loading import load_model

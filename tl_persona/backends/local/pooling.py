@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_persona.backends import Pooled
-from tl_persona.backends.local.passes import capture_of
+from tl_persona.backends.base import Pooled
+from tl_persona.backends.local.runners import capture_of
 from tl_persona.errors import NonFiniteError
 from tl_persona.plan.plan import Plan
 from tl_persona.plan.rows import Pass, Segment

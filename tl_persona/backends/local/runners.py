@@ -1,7 +1,7 @@
 """Runs one pass of a plan through `run_with_cache`, on either TransformerLens class.
 
 The classes differ in how a prefix's keys and values are continued and in what they must be kept from computing; that
-difference is all that is here. Which passes to run is `plan`'s work.
+difference is all that is here.
 """
 
 import copy

@@ -1,14 +1,14 @@
-"""Where a plan computes something otherwise than a text whole and by itself.
+"""Where a plan computes something otherwise than a text whole and by itself, and how far the two may lie apart.
 
 To continue a prefix that ran before, to lie beside another text, to end after the last token that a mask selects: each
-is right on most models, and on some it is not. Finding out is the work of `proof`.
+is right on most models, and on some it is not.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from tl_persona.plan.passes import needs_mask
-from tl_persona.plan.plan import Plan
+from tl_persona.plan.plan import Plan, Sharing
 from tl_persona.plan.rows import Segment
 
 
@@ -82,3 +82,24 @@ def _given_length(plan: Plan, segment: Segment) -> int:
 def sides(critical_lengths: Sequence[int], *lengths: int) -> tuple[int, ...]:
     """For each critical length, whether each of these is below (-1), at (0) or above (1) it."""
     return tuple((length > limit) - (length < limit) for limit in critical_lengths for length in lengths)
+
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
+"""Largest difference relative to the norm, by parameter dtype: several roundings of a long sum, not more."""
+
+
+def tolerance_of(dtype: str) -> float:
+    """The tolerance for a parameter dtype; a quantized one is held to that of float32.
+
+    Example:
+        >>> tolerance_of("bfloat16"), tolerance_of("int8")
+        (0.05, 1e-05)
+    """
+    return TOLERANCE.get(dtype, TOLERANCE["float32"])
+
+
+def next_best(plan: Plan) -> Plan:
+    """The plan with less sharing, and in the end with none, every text whole and by itself."""
+    if plan.sharing is Sharing.NONE:
+        return plan.alone()
+    return plan.with_sharing(Sharing.CACHED if plan.sharing is Sharing.PACKED else Sharing.NONE)
