@@ -17,17 +17,16 @@ from pathlib import Path
 
 import torch
 
-from tl_persona.artifact import encode
+from tl_persona.checking import check_saved
 from tl_persona.commands.show_vectors import is_steering
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.dataset import PersonaDataset, related_frq_qids
 from tl_persona.data.personas import answer_text, question_text
-from tl_persona.description import describe
 from tl_persona.errors import TLPersonaError
-from tl_persona.merging import merge_stores
 from tl_persona.provenance import Provenance
 from tl_persona.store import PersonaVectorStore
-from tl_persona.store_check import check_saved
+from tl_persona.store.file import describe, encode
+from tl_persona.store.merge import merge_stores
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 MODEL = "org/tiny"
@@ -329,7 +328,7 @@ def recompressed(archive: bytes) -> bytes:
 
 
 def _index_seeds(target: str, folder: Path) -> Iterator[bytes]:
-    from tl_persona import manifest
+    from tl_persona.store import manifest
 
     name = {"manifest": "manifest.json", "pending entries": "manifest.pending", "times": ".manifest.times"}[target]
     before = manifest.SMALL, manifest.PENDING_SHARE

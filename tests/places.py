@@ -37,11 +37,6 @@ MODULES_TO_COME = {"doctor", "cluster"}
 """Those of them that will be a module, and not a subpackage."""
 
 TO_MOVE = {
-    "agreement": "store",
-    "artifact": "store",
-    "artifact_check": "checking",
-    "artifact_header": "store",
-    "artifact_numbers": "store",
     "commands": "cli",
     "commands.arguments": "cli",
     "commands.caa": "cli",
@@ -55,7 +50,6 @@ TO_MOVE = {
     "commands.show_vectors": "cli",
     "commands.steer": "cli",
     "commands.verify": "cli",
-    "description": "store",
     "export": "vectors",
     "export.cards": "hub",
     "export.control_vectors": "vectors",
@@ -66,12 +60,6 @@ TO_MOVE = {
     "export.repositories": "hub",
     "jobs": "extraction",
     "layer_table": "vectors",
-    "manifest": "store",
-    "manifest_check": "store",
-    "manifest_files": "store",
-    "manifest_folder": "store",
-    "merging": "store",
-    "names": "store",
     "parser": "cli",
     "projection": "steering",
     "rotalabs_files": "vectors",
@@ -81,9 +69,6 @@ TO_MOVE = {
     "steering_passes": "steering",
     "steering_positions": "steering",
     "steering_vector": "vectors",
-    "store_check": "checking",
-    "store_hub": "store",
-    "tables": "store",
     "vector_files": "vectors",
     "vectors_export": "vectors",
 }

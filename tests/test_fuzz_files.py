@@ -21,14 +21,14 @@ from fuzzing import MODEL, TARGETS, archived, feed, recompressed, saved_by_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tl_persona.checking import check_saved
 from tl_persona.commands.show import run as show
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.dataset import PersonaDataset
-from tl_persona.description import describe
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, TLPersonaError
 from tl_persona.rotalabs_files import read_rotalabs
 from tl_persona.store import PersonaVectorStore
-from tl_persona.store_check import check_saved
+from tl_persona.store.file import describe
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 SECONDS = 60

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from test_extraction import MARA, QUESTIONS, VARIANTS
 from test_store import PROVENANCE, VECTORS, save
 
-from tl_persona import files, manifest
+from tl_persona import files
 from tl_persona.data.personas import Persona
 from tl_persona.errors import StoreError
 from tl_persona.extraction import run_extraction
-from tl_persona.store import PersonaVectorStore
+from tl_persona.store import PersonaVectorStore, manifest
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 MODEL = "org/tiny"
@@ -319,7 +319,7 @@ def test_a_file_that_was_replaced_within_one_tick_of_the_clock_is_indexed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two files of one size, time and inode: what a coarse clock and a reused inode can give."""
-    monkeypatch.setattr("tl_persona.manifest.facts_of", lambda stat: (stat.st_size, 7, 7))
+    monkeypatch.setattr("tl_persona.store.manifest.facts_of", lambda stat: (stat.st_size, 7, 7))
     for small in (10**6, 0):
         monkeypatch.setattr(manifest, "SMALL", small)
         monkeypatch.setattr(manifest, "PENDING_SHARE", 0)

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, write_as_the_reference_does
 
-from tl_persona.artifact_header import SUFFIX
 from tl_persona.cli import main
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.data.shards import Shard
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
-from tl_persona.merging import MergedFolder, OnConflict, merge_stores
 from tl_persona.provenance import Provenance
 from tl_persona.store import PersonaVectorStore
+from tl_persona.store.header import SUFFIX
+from tl_persona.store.merge import MergedFolder, OnConflict, merge_stores
 
 MODEL = "org/tiny"
 PLACE = Path("org__tiny", "answer_mean", "templated")

@@ -17,13 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tl_persona import manifest
-from tl_persona.artifact import decode, encode
-from tl_persona.artifact_header import read_header
-from tl_persona.description import describe
 from tl_persona.errors import InputError, NonFiniteError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.provenance import Provenance, text_digest
-from tl_persona.store import PersonaVectorStore
+from tl_persona.store import PersonaVectorStore, manifest
+from tl_persona.store.file import decode, describe, encode
+from tl_persona.store.header import read_header
 
 MODEL = "org/tiny"
 VECTORS = torch.tensor([[1.0, 2.0, 2.0], [-3.0, 0.0, 4.0]])
@@ -417,7 +415,7 @@ def test_unusual_but_harmless_names_are_kept(store: PersonaVectorStore) -> None:
 def test_on_windows_names_that_are_drives_devices_or_other_names_there_are_refused(
     store: PersonaVectorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tl_persona.names._ON_WINDOWS", True)
+    monkeypatch.setattr("tl_persona.store.folder._ON_WINDOWS", True)
     for name in (
         "C:",
         "D:evil",

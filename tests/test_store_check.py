@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save_file
 from test_store import MODEL, PROVENANCE, VECTORS, save, write_as_the_reference_does
 
-from tl_persona import files, manifest, manifest_check
-from tl_persona.artifact import encode
+from tl_persona import files
+from tl_persona.checking import Checkup, check_saved
 from tl_persona.cli import main
 from tl_persona.errors import NotStoredError, StoreError
-from tl_persona.store import PersonaVectorStore
-from tl_persona.store_check import Checkup, check_saved
+from tl_persona.store import PersonaVectorStore, manifest
+from tl_persona.store.file import encode
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 PLACE = Path("org__tiny", "answer_mean", "templated")
@@ -107,7 +107,7 @@ def test_what_was_moved_aside_before_is_not_overwritten(root: Path) -> None:
 
 
 def test_a_vector_saved_again_since_it_was_looked_at_is_not_moved(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tl_persona import manifest
+    from tl_persona.store import manifest
 
     bad = root / PLACE / "p2.safetensors"
     whole = bad.read_bytes()
@@ -316,7 +316,7 @@ def test_a_save_that_has_not_come_to_its_index_is_waited_for(root: Path, monkeyp
         released.set()
         return real(folder)
 
-    monkeypatch.setattr(manifest_check, "undisturbed", looked_at_again)
+    monkeypatch.setattr(manifest, "undisturbed", looked_at_again)
     thread = threading.Thread(target=saver)
     thread.start()
     assert entered.wait(60)

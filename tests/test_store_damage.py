@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, save
 
-from tl_persona import files, manifest
-from tl_persona.artifact import decode, encode
+from tl_persona import files
 from tl_persona.errors import CorruptFileError, StoreError, StoreMismatchError
 from tl_persona.files import write_atomically
-from tl_persona.store import PersonaVectorStore
+from tl_persona.store import PersonaVectorStore, manifest
+from tl_persona.store.file import decode, encode
 
 FILE = encode(VECTORS, persona_id="p1", persona_name="Ada", sample_ids=["q1", "q2"], provenance=PROVENANCE)
 

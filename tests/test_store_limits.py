@@ -11,11 +11,11 @@ import pytest
 from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, save, write_as_the_reference_does
 from test_store_damage import expect_store_error, folder_of, in_child
 
+from tl_persona.checking import check_saved
 from tl_persona.errors import StoreError
 from tl_persona.files import write_atomically
-from tl_persona.merging import merge_stores
 from tl_persona.store import PersonaVectorStore
-from tl_persona.store_check import check_saved
+from tl_persona.store.merge import merge_stores
 
 
 @pytest.fixture

@@ -26,11 +26,10 @@ from hypothesis.stateful import (
 )
 from test_store import PROVENANCE, read_as_the_reference_does
 
-from tl_persona import manifest
+from tl_persona.checking import check_saved
 from tl_persona.errors import CorruptFileError, NotStoredError
 from tl_persona.provenance import Provenance
-from tl_persona.store import PersonaVectorStore
-from tl_persona.store_check import check_saved
+from tl_persona.store import PersonaVectorStore, manifest
 
 MODEL = "org/tiny"
 VARIANTS = ("templated", "biography")

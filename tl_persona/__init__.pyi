@@ -28,7 +28,6 @@ from .generation import Generation as Generation
 from .generation import generate as generate
 from .jobs import ExtractionResult as ExtractionResult
 from .loading import load_model as load_model
-from .merging import merge_stores as merge_stores
 from .models.configs import get_model_config as get_model_config
 from .models.hooks import resolve_hooks as resolve_hooks
 from .projection import project_text as project_text
@@ -42,5 +41,6 @@ from .steering import attach as attach
 from .steering_monitor import monitor as monitor
 from .steering_monitor import project as project
 from .steering_vector import SteeringVector as SteeringVector
-from .store import PersonaVectorStore as PersonaVectorStore
+from .store.merge import merge_stores as merge_stores
+from .store.store import PersonaVectorStore as PersonaVectorStore
 from .vectors import SteeringVectorSet as SteeringVectorSet

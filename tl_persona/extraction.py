@@ -21,7 +21,7 @@ from tl_persona.models.hooks import LayerSelection, resolve_hooks
 from tl_persona.prompts.inputs import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
 from tl_persona.prompts.masks import MaskStrategy, as_strategies
 from tl_persona.prompts.preview import print_masks, print_plan
-from tl_persona.store import PersonaVectorStore
+from tl_persona.store.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors, Sample
 
 __all__ = [

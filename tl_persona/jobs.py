@@ -18,7 +18,7 @@ from tl_persona.prompts.inputs import MaskedPrompts
 from tl_persona.prompts.masks import MaskStrategy
 from tl_persona.provenance import Provenance, provenance_of, software_versions
 from tl_persona.statistics.means import PersonaMean
-from tl_persona.store import PersonaVectorStore
+from tl_persona.store.store import PersonaVectorStore
 from tl_persona.tensors import LayerVectors
 
 

@@ -18,7 +18,7 @@ from tl_persona.extraction import run_extraction
 from tl_persona.jobs import ExtractionResult
 from tl_persona.models.checkpoints import find_checkpoint
 from tl_persona.prompts.masks import MaskStrategy, as_strategies
-from tl_persona.store import PersonaVectorStore
+from tl_persona.store.store import PersonaVectorStore
 
 
 def run(arguments: Namespace) -> int:

@@ -5,7 +5,7 @@ from argparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from tl_persona.merging import MergedFolder, merge_stores
+from tl_persona.store.merge import MergedFolder, merge_stores
 
 
 def run(arguments: Namespace) -> int:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_persona.commands import show_vectors
-from tl_persona.description import ArtifactDescription, describe
+from tl_persona.store.file import ArtifactDescription, describe
 
 
 def run(arguments: Namespace) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tl_persona.artifact_header import format_of
 from tl_persona.files import is_folder
 from tl_persona.steering_vector import SteeringVector
+from tl_persona.store.header import format_of
 from tl_persona.vector_files import FORMAT
 from tl_persona.vectors import SteeringVectorSet
 

@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
-from tl_persona.artifact_check import Problem
-from tl_persona.store_check import Checkup, check_saved
+from tl_persona.checking import Checkup, Problem, check_saved
 
 
 def run(arguments: Namespace) -> int:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from tl_persona import manifest
-from tl_persona.agreement import disagreements, facts_of_folder, facts_of_header
-from tl_persona.artifact import decode
-from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_header
 from tl_persona.errors import InputError, NotStoredError, StoreMismatchError
 from tl_persona.files import folders_below, is_regular, make_folder, refuse_outside, resolved, write_atomically
-from tl_persona.manifest_files import Entry, is_entry, read_recorded
-from tl_persona.manifest_folder import paths_of_vectors
+from tl_persona.store import manifest
+from tl_persona.store.file import decode
+from tl_persona.store.folder import disagreements, facts_of_folder, facts_of_header, paths_of_vectors
+from tl_persona.store.header import SUFFIX, ArtifactHeader, read_bytes, read_header
+from tl_persona.store.manifest_files import Entry, is_entry, read_recorded
 
 OnConflict: TypeAlias = Literal["error", "keep", "replace"]
 

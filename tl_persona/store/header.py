@@ -1,8 +1,7 @@
-"""What the header of a file of persona vectors says, read and checked without torch.
+"""What a file of persona vectors says and holds, read and checked without torch: its header, and its numbers.
 
-The header tells everything known of the vectors, and two checksums make every altered byte show. Turning tensors into
-bytes, and bytes into tensors, is `artifact`'s work. Files without our header, as other libraries write them, are read
-as they are. The format is specified in `docs/store.md`.
+The header tells everything known of the vectors, and two checksums make every altered byte show. Files without our
+header, as other libraries write them, are read as they are. The format is specified in `docs/concepts/store.md`.
 """
 
 import hashlib
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
+from jaxtyping import Float
 
 from tl_persona.errors import CorruptFileError, NotStoredError, StoreError
 from tl_persona.files import open_regular, read_regular, reason
@@ -235,3 +236,23 @@ def header_checksum(header: dict[str, Any]) -> str:
 def damaged(source: Path, what: str) -> CorruptFileError:
     """The error about a file that cannot be trusted."""
     return CorruptFileError(f"{source} is damaged: {what}. Extract it again, or restore a copy")
+
+
+_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def numbers_of(data: bytes, header: ArtifactHeader) -> Float[np.ndarray, "layer d_model"]:
+    """The numbers of a whole file, as they are; bfloat16 as float32.
+
+    Raises:
+        CorruptFileError: They are no floating-point matrix of the shape that the header says.
+    """
+    start, stop = header.tensor_range
+    if header.dtype not in _KINDS:
+        raise damaged(header.source, f"its tensor is {header.dtype}, not floating point of 16, 32 or 64 bits")
+    kind = np.dtype(_KINDS[header.dtype])
+    if stop - start != math.prod(header.shape) * kind.itemsize:
+        raise damaged(header.source, f"its {stop - start} bytes are no {header.dtype} of shape {header.shape}")
+    numbers = np.frombuffer(data, kind, math.prod(header.shape), start).reshape(header.shape)
+    # A bfloat16 is the upper half of a float32; numpy has no such type.
+    return (numbers.astype("<u4") << 16).view("<f4") if header.dtype == "BF16" else numbers

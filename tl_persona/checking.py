@@ -1,27 +1,147 @@
 """Checks everything saved under a folder, and rebuilds the indexes of stores.
 
-Each file by itself is `artifact_check`'s work. Here it is compared with its neighbours, its place and the index of
-its folder. Repair makes indexes anew and moves damaged vectors out of the way; it deletes no vector and computes none.
+Each file by itself: checksums, shape, finite numbers, and whether its provenance contradicts the rest of it. Then each
+with its neighbours, its place and the index of its folder. A persona vector is checked without torch; a steering vector
+is loaded, which checks it alike. Repair makes indexes anew and moves damaged vectors out of the way; it deletes no
+vector and computes none.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+import numpy as np
 
-from tl_persona import manifest
-from tl_persona.agreement import SharedFacts, disagreements, facts_of_header
-from tl_persona.artifact_check import Kind, Problem, check_persona_file, check_steering_file, intact_header
-from tl_persona.artifact_header import SUFFIX, ArtifactHeader, format_of, read_bytes
 from tl_persona.errors import CorruptFileError, InputError, NonFiniteError, NotStoredError, StoreError
 from tl_persona.files import free_name, fsync_folder, is_folder, present, reason, refuse_outside
-from tl_persona.manifest_check import flaws_of_index
-from tl_persona.manifest_files import MANIFEST
-from tl_persona.names import model_folder_name
+from tl_persona.store import manifest
+from tl_persona.store.folder import SharedFacts, disagreements, facts_of_header, model_folder_name
+from tl_persona.store.header import (
+    SUFFIX,
+    ArtifactHeader,
+    damaged,
+    format_of,
+    header_of,
+    numbers_of,
+    read_bytes,
+    tensor_is_intact,
+)
+from tl_persona.store.manifest import flaws_of_index
+from tl_persona.store.manifest_files import MANIFEST
 
 SET_FILE = "metadata.json"
+
+
+Kind = Literal["damaged", "unreadable", "numbers", "provenance", "misfit", "link", "index"]
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One thing that is wrong.
+
+    Attributes:
+        path: The file or folder.
+        kind: `damaged` (truncated, altered or renamed), `unreadable` (refused by the system, or of a later version),
+            `numbers` (not finite), `provenance` (contradicts the file or its place), `misfit` (does not fit its
+            neighbours), `link` (leads out of the folder) or `index` (the manifest is behind or broken).
+        what: A sentence on it.
+        repaired: Whether it was put right.
+    """
+
+    path: Path
+    kind: Kind
+    what: str
+    repaired: bool = False
+
+
+class FileCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one file.
+
+    Attributes:
+        size: Its bytes.
+        problems: What is wrong with it.
+        header: The header of a persona vector that can be read; None for any other file.
+        has_provenance: Whether it says what it was computed from; True where it cannot be read.
+    """
+
+    size: int
+    problems: tuple[Problem, ...] = ()
+    header: ArtifactHeader | None = None
+    has_provenance: bool = True
+
+
+def check_persona_file(path: Path) -> FileCheck:
+    """Everything about a file of persona vectors that it alone tells."""
+    size = 0
+    try:
+        data = read_bytes(path)
+        size = len(data)
+        header = intact_header(data, path)
+        bad_layers = _layers_not_finite(data, header)
+        contradictions = _contradictions(header)
+    except StoreError as error:
+        return FileCheck(size=size, problems=(_of_error(path, error),))
+    problems = [Problem(path, "provenance", what) for what in contradictions]
+    if bad_layers:
+        more = "" if len(bad_layers) == 1 else f" and {len(bad_layers) - 1} more"
+        problems.append(Problem(path, "numbers", f"layer {bad_layers[0]}{more} holds NaN or infinity"))
+    return FileCheck(size=size, problems=tuple(problems), header=header, has_provenance=header.provenance is not None)
+
+
+def check_steering_file(path: Path) -> FileCheck:
+    """Everything about a file with one steering vector."""
+    from tl_persona.steering_vector import SteeringVector  # Needs torch, which checking a store does without.
+
+    size = 0
+    try:
+        size = path.stat().st_size if present(path) else 0
+        vector = SteeringVector.load(path)
+    except (StoreError, InputError, NonFiniteError) as error:
+        return FileCheck(size=size, problems=(_of_error(path, error),))
+    return FileCheck(size=size, has_provenance=vector.provenance is not None)
+
+
+def intact_header(data: bytes, path: Path) -> ArtifactHeader:
+    """The header of a file of persona vectors whose checksums fit, and whose persona is that of its name.
+
+    Raises:
+        CorruptFileError: They do not.
+        StoreError: A later version of this package wrote it.
+    """
+    header = header_of(data, path, path.name.removesuffix(SUFFIX))
+    if not tensor_is_intact(data, header):
+        raise damaged(path, "the checksum of its tensor does not fit")
+    return header
+
+
+def _of_error(path: Path, error: Exception) -> Problem:
+    what = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")  # The path is told beside it.
+    if isinstance(error, NonFiniteError):
+        return Problem(path, "numbers", what)
+    return Problem(path, "damaged" if isinstance(error, CorruptFileError) else "unreadable", what)
+
+
+def _layers_not_finite(data: bytes, header: ArtifactHeader) -> list[int]:
+    return [int(layer) for layer in np.flatnonzero(~np.isfinite(numbers_of(data, header)).all(axis=1))]
+
+
+def _contradictions(header: ArtifactHeader) -> list[str]:
+    """How a file's provenance contradicts the rest of its header."""
+    provenance, sample_ids = header.provenance, header.sample_ids
+    if provenance is None:
+        return []
+    found = []
+    if header.digest != provenance.digest():
+        found.append("its digest is not that of its provenance")
+    if len(provenance.hook_names) != header.shape[0]:
+        found.append(f"its provenance names {len(provenance.hook_names)} hooks for {header.shape[0]} layers")
+    if sample_ids is not None and list(provenance.sample_ids) != sample_ids:
+        found.append("its sample ids are not those of its provenance")
+    return found
+
+
 _READ = (SUFFIX, ".json", ".pt")
 _STEERING_FORMAT = "tl_persona.steering_vector"  # As `vector_files` writes it, which needs torch to be imported.
 

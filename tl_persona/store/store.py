@@ -1,69 +1,61 @@
-"""Stored persona vectors as one tensor, as a pandas frame, and as a numpy file: methods that the store inherits.
+"""The store of persona vectors: what is saved as one tensor, a pandas frame, a numpy file, or on the Hugging Face hub.
 
-Reading files is the store's work. What is stored is float32, and so is what comes out.
+What is stored is float32, and so is what comes out. A repository holds what lies under the store's root,
+`<model>/<mask_strategy>/<variant>/<persona_id>.safetensors` and the `manifest.json` of each folder, with a card.
 """
 
 import io
-from abc import abstractmethod
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.display import Card, Shown
-from tl_persona.errors import MissingDependencyError, NotStoredError, StoreError, StoreMismatchError
-from tl_persona.files import make_folder, write_atomically
+from tl_persona.errors import InputError, MissingDependencyError, NotStoredError, StoreMismatchError
+from tl_persona.export.cards import store_card
+from tl_persona.export.repositories import CARD, pull_files, push_files
+from tl_persona.files import folders_below, make_folder, refuse_outside, write_atomically
 from tl_persona.provenance import Provenance
-from tl_persona.tensors import LayerVectors
+from tl_persona.store import manifest
+from tl_persona.store.core import StoredVectors
+from tl_persona.store.folder import model_folder_name, safe_component
+from tl_persona.store.header import SUFFIX, read_header
+from tl_persona.store.manifest_files import MANIFEST
+from tl_persona.store.merge import merge_stores
+
+_Store = TypeVar("_Store", bound="PersonaVectorStore")
 
 
-class StoreTables(Shown):
-    """What a store gives to programs that compute with all of its vectors at once.
+class PersonaVectorStore(StoredVectors):
+    """The vectors of one model, by variant and persona.
 
-    One order everywhere: that of `persona_ids` where it is given, else that of `list_personas`.
+    Saving is atomic and safe for several processes at once. Use the store as a context manager, or call `flush`,
+    so that `manifest.json` is complete when you are done; readers of this package do not need it to be.
+
+    Args:
+        model_name: Names the folder; `/` becomes `__`.
+        root_dir: Where the store lies; by default `artifacts/activations` under the current directory.
+        mask_strategy: What methods use that are not given another; a `MaskStrategy` or its value. None is the default.
+        variants: What methods look into that are not given others.
+
+    Raises:
+        InputError: The model name or the strategy cannot name a folder.
+
+    Example:
+        >>> import tempfile, torch
+        >>> root = tempfile.TemporaryDirectory()
+        >>> with PersonaVectorStore("org/model", root.name) as store:
+        ...     folder = store.save("templated", "p1", "Ada", torch.ones(2, 3), ["q1", "q2"])
+        >>> store.load("templated", "p1").sum().item()
+        6.0
+        >>> store.persona_names(["p1"], ["templated"])
+        {'p1': 'Ada'}
+        >>> root.cleanup()
     """
-
-    model_name: str
-    root_dir: Path
-    mask_strategy: object | None
-    variants: tuple[str, ...]
-
-    @abstractmethod
-    def load(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> LayerVectors: ...
-
-    @abstractmethod
-    def list_personas(
-        self,
-        variants: Sequence[str] | None = None,
-        mask_strategy: object | None = None,
-        warn_missing: bool = True,
-        *,
-        include_baseline: bool = False,
-    ) -> list[str]: ...
-
-    @abstractmethod
-    def list_layers(
-        self, variants: Sequence[str], persona_ids: Sequence[str] | None = None, mask_strategy: object | None = None
-    ) -> list[int]: ...
-
-    @abstractmethod
-    def persona_names(
-        self, persona_ids: Sequence[str], variants: Sequence[str] | None = None, mask_strategy: object | None = None
-    ) -> dict[str, str]: ...
-
-    @abstractmethod
-    def provenance(
-        self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None
-    ) -> Provenance | None: ...
-
-    @abstractmethod
-    def available_variants(
-        self, variants: Sequence[str] | None = None, mask_strategy: object | None = None
-    ) -> list[str]: ...
 
     def load_matrix(
         self,
@@ -227,21 +219,110 @@ class StoreTables(Shown):
         write_atomically(file, buffer.getvalue())
         return file
 
-    def _card(self) -> Card:
-        """What the store's own strategy and variants hold; a folder that cannot be read is said to be so."""
-        facts = {"root": str(self.root_dir), "strategy": str(getattr(self.mask_strategy, "value", self.mask_strategy))}
-        for variant in self.variants:
-            try:
-                ids = self.list_personas([variant], include_baseline=True)
-                layers = self.list_layers([variant])
-            except StoreError as error:
-                facts[variant] = f"cannot be read: {error}"
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Put all that the store has of its model into a dataset repository, with a generated card, in one commit.
+
+        Every strategy and variant goes; the repository is made where there is none. Files that are there and not in the
+        store stay.
+
+        Args:
+            repo_id: Such as `me/persona-vectors`.
+            license: A licence's identifier for the card, such as `cc-by-4.0`; None states none.
+            private: Whether a repository that is made is private; None leaves it to the account's setting.
+            revision: The branch; None is the main one.
+            token: None takes the one that `hf auth login` stored, or `HF_TOKEN`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            NotStoredError: Nothing is stored, or there is no such branch.
+            InputError: The repository's id is none.
+            StoreError: A file cannot be read; the hub refused, or cannot be reached.
+        """
+        root = self.root_dir / model_folder_name(self.model_name)
+        files: dict[str, Path | bytes] = {}
+        folders = []
+        provenance: Provenance | None = None
+        refuse_outside(root, self.root_dir)
+        for folder in folders_below(root, 2, self.root_dir):
+            index = manifest.read_index(folder)
+            if index.shape is None:
                 continue
-            held = (
-                f"{len(ids)} persona{'' if len(ids) == 1 else 's'}, {len(layers)} layers" if ids else "nothing stored"
+            within = folder.relative_to(self.root_dir).as_posix()
+            for persona_id in index.personas:
+                path = folder / f"{persona_id}{SUFFIX}"
+                files[f"{within}/{path.name}"] = path
+                provenance = provenance or read_header(path).provenance
+            files[f"{within}/{MANIFEST}"] = index.encoded()
+            folders.append((folder.parent.name, folder.name, len(index.personas), index.shape))
+        if not folders:
+            raise NotStoredError(f"nothing is stored in {root}; extract it first")
+        card = store_card(repo_id, self.model_name, folders, provenance, license).encode()
+        return push_files(
+            repo_id,
+            "dataset",
+            {**files, CARD: card},
+            message=f"Persona vectors of {self.model_name}",
+            private=private,
+            revision=revision,
+            token=token,
+        )
+
+    @classmethod
+    def from_hub(
+        cls: type[_Store],
+        repo_id: str,
+        root_dir: str | Path | None = None,
+        *,
+        model_name: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> _Store:
+        """Copy the vectors of a dataset repository into a store on this machine, and open it.
+
+        Nothing that comes from there is trusted: only safetensors files and manifests at the places where a store has
+        them are fetched, and each is verified before it is in the store. A persona that the store has already, computed
+        from something else, is a conflict, and nothing is written.
+
+        Args:
+            repo_id: Such as `me/persona-vectors`.
+            root_dir: Root of the store to fill; None is the default root.
+            model_name: Which model's vectors; None where the repository has those of one model.
+            revision: Branch, tag or commit; None is the main branch.
+            token: None takes the one that `hf auth login` stored, or `HF_TOKEN`.
+
+        Raises:
+            NotStoredError: There is no such repository or revision, or it holds no vectors.
+            InputError: It holds those of several models and none is named; the id is none.
+            StoreMismatchError: What is there does not fit what the store has.
+            CorruptFileError: A file is damaged, or no vectors.
+            StoreError: The hub refused, or cannot be reached; the file system refused.
+        """
+        asked = None if model_name is None else model_folder_name(model_name)
+        with tempfile.TemporaryDirectory() as folder:
+            names = pull_files(
+                repo_id, "dataset", lambda path: _is_wanted(path, asked), Path(folder), revision=revision, token=token
             )
-            facts[variant] = held
-        return Card(f"persona vectors of {self.model_name}", facts)
+            models = {name.split("/")[0]: name for name in names if name.endswith(SUFFIX)}
+            if not models:
+                raise NotStoredError(f"dataset {repo_id!r} holds no vectors{f' of {model_name}' if model_name else ''}")
+            if len(models) > 1:
+                raise InputError(
+                    f"dataset {repo_id!r} has vectors of {', '.join(sorted(models))}: name one by model_name"
+                )
+            (found, example), *_ = models.items()
+            store = cls(model_name or _model_named(found, Path(folder, example)), root_dir)
+            merge_stores([folder], store.root_dir)
+        return store
 
     def _ids(
         self, variant: str, persona_ids: Sequence[str] | None, mask_strategy: object | None, include_baseline: bool
@@ -256,3 +337,27 @@ class StoreTables(Shown):
                 f"no persona of {self.model_name} is stored for {variant} and {strategy}: extract first"
             )
         return ids
+
+
+def _is_wanted(path: str, model_folder: str | None) -> bool:
+    """Whether a path is one that a store writes, safe on any system."""
+    parts = path.split("/")
+    if len(parts) != 4 or model_folder not in (None, parts[0]):
+        return False
+    name = parts[3].removesuffix(SUFFIX)
+    if name == parts[3] and name != MANIFEST:
+        return False
+    try:
+        for part in (*parts[:3], *([] if name == MANIFEST else [name])):
+            safe_component(part, "name")
+    except InputError:
+        return False
+    return True
+
+
+def _model_named(folder: str, example: Path) -> str:
+    """The model's name by a file of its own, or by its folder, as `/` is written `__` there."""
+    recorded = read_header(example).provenance
+    if recorded is not None and recorded.model_name.replace("/", "__") == folder:
+        return recorded.model_name
+    return folder.replace("__", "/")

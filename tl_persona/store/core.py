@@ -1,8 +1,7 @@
 """Persona vectors on disk: `<root>/<model>/<mask_strategy>/<variant>/<persona_id>.safetensors`.
 
-Decides where a vector lies, what may be saved beside what, and whether a stored vector is still the right one.
-The bytes of a file are `artifact`'s work, the index of a folder `manifest`'s, safe writing `files`'. A folder that
-another library wrote in this layout is read as it is, and such a library reads ours.
+Decides where a vector lies, what may be saved beside what, and whether a stored vector is still the right one. A folder
+that another library wrote in this layout is read as it is, and such a library reads ours.
 """
 
 import warnings
@@ -10,29 +9,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from torch import Tensor
 
-from tl_persona import manifest
-from tl_persona.agreement import refuse_anothers_file, refuse_misfit
-from tl_persona.artifact import decode, encode
-from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_bytes, read_header
 from tl_persona.data.personas import BASELINE_PERSONA_ID
-from tl_persona.description import ArtifactDescription as ArtifactDescription
-from tl_persona.description import describe as describe
+from tl_persona.display import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
 from tl_persona.files import is_folder, make_folder, refuse_outside, write_atomically
-from tl_persona.names import model_folder_name, safe_component
 from tl_persona.provenance import Provenance
-from tl_persona.store_hub import StoreHub
-from tl_persona.tables import StoreTables
+from tl_persona.store import manifest
+from tl_persona.store.file import decode, encode
+from tl_persona.store.folder import model_folder_name, refuse_anothers_file, refuse_misfit, safe_component
+from tl_persona.store.header import SUFFIX, ArtifactHeader, read_bytes, read_header
 from tl_persona.tensors import LayerVectors
 
 DEFAULT_ROOT = Path("artifacts/activations")
 DEFAULT_VARIANTS = ("templated", "biography")
 DEFAULT_MASK_STRATEGY = "answer_mean"
+
+_Store = TypeVar("_Store", bound="StoredVectors")
 
 
 class StoredStatus(msgspec.Struct, frozen=True):
@@ -47,31 +44,17 @@ class StoredStatus(msgspec.Struct, frozen=True):
     reasons: tuple[str, ...] = ()
 
 
-class PersonaVectorStore(StoreTables, StoreHub):
-    """The vectors of one model, by variant and persona.
-
-    Saving is atomic and safe for several processes at once. Use the store as a context manager, or call `flush`,
-    so that `manifest.json` is complete when you are done; readers of this package do not need it to be.
+class StoredVectors(Shown):
+    """What is saved, loaded, listed and compared of one model, by variant and persona; see `PersonaVectorStore`.
 
     Args:
         model_name: Names the folder; `/` becomes `__`.
-        root_dir: Where the store lies; by default `artifacts/activations` under the current directory.
-        mask_strategy: What methods use that are not given another; a `MaskStrategy` or its value. None is the default.
+        root_dir: Where the store lies.
+        mask_strategy: What methods use that are not given another.
         variants: What methods look into that are not given others.
 
     Raises:
         InputError: The model name or the strategy cannot name a folder.
-
-    Example:
-        >>> import tempfile, torch
-        >>> root = tempfile.TemporaryDirectory()
-        >>> with PersonaVectorStore("org/model", root.name) as store:
-        ...     folder = store.save("templated", "p1", "Ada", torch.ones(2, 3), ["q1", "q2"])
-        >>> store.load("templated", "p1").sum().item()
-        6.0
-        >>> store.persona_names(["p1"], ["templated"])
-        {'p1': 'Ada'}
-        >>> root.cleanup()
     """
 
     def __init__(
@@ -88,7 +71,7 @@ class PersonaVectorStore(StoreTables, StoreHub):
         self._strategy_folder(mask_strategy)
         self._used_folders: set[Path] = set()
 
-    def __enter__(self) -> "PersonaVectorStore":
+    def __enter__(self: _Store) -> _Store:
         return self
 
     def __exit__(
@@ -297,6 +280,22 @@ class PersonaVectorStore(StoreTables, StoreHub):
                 with self._writing(folder):
                     manifest.rewrite(folder)
         self._used_folders.clear()
+
+    def _card(self) -> Card:
+        """What the store's own strategy and variants hold; a folder that cannot be read is said to be so."""
+        facts = {"root": str(self.root_dir), "strategy": str(getattr(self.mask_strategy, "value", self.mask_strategy))}
+        for variant in self.variants:
+            try:
+                ids = self.list_personas([variant], include_baseline=True)
+                layers = self.list_layers([variant])
+            except StoreError as error:
+                facts[variant] = f"cannot be read: {error}"
+                continue
+            held = (
+                f"{len(ids)} persona{'' if len(ids) == 1 else 's'}, {len(layers)} layers" if ids else "nothing stored"
+            )
+            facts[variant] = held
+        return Card(f"persona vectors of {self.model_name}", facts)
 
     def _strategy_folder(self, mask_strategy: object | None) -> Path:
         chosen = self.mask_strategy if mask_strategy is None else mask_strategy

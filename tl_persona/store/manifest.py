@@ -3,13 +3,14 @@
 The files are the truth. The index spares readers the headers of files that have not changed since they were
 indexed; anything it lacks, or has wrong, is read from the files again, and so it may be lost at any time.
 Rewriting the index for every new file would cost more the more there are. Above `SMALL` bytes, new entries are
-therefore appended to `manifest.pending`, and the index is rewritten once they exceed a fixed share of it.
-The formats are `manifest_files`' work.
+therefore appended to `manifest.pending`, and the index is rewritten once they exceed a fixed share of it. An index can
+also be compared with the headers of its files.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import msgspec
 
 from tl_persona import files
-from tl_persona.artifact_header import SUFFIX, ArtifactHeader, read_header
-from tl_persona.errors import CorruptFileError, NotStoredError, StoreError, StoreMismatchError
+from tl_persona.errors import StoreError, StoreMismatchError
 from tl_persona.files import free_name, reason
-from tl_persona.manifest_files import (
+from tl_persona.store.folder import artifacts, leftovers_of
+from tl_persona.store.header import SUFFIX, ArtifactHeader, read_header
+from tl_persona.store.manifest_files import (
     FORMAT_VERSION,
     MANIFEST,
     PENDING,
@@ -36,7 +38,6 @@ from tl_persona.manifest_files import (
     read_recorded,
     write_manifest,
 )
-from tl_persona.manifest_folder import artifacts, leftovers_of
 
 LOCK = ".manifest.lock"
 DAMAGED_SUFFIX = ".damaged"
@@ -218,16 +219,6 @@ def is_up_to_date(folder: Path) -> bool:
     return current == read_index(folder).encoded()
 
 
-def any_header(folder: Path) -> ArtifactHeader | None:
-    """The header of some readable file, at a cost that does not depend on how many there are."""
-    for persona_id, path, _ in artifacts(folder):
-        try:
-            return read_header(path, persona_id)
-        except (CorruptFileError, NotStoredError):
-            continue
-    return None
-
-
 def name_and_sample_ids(header: ArtifactHeader) -> tuple[str | None, list[str] | None]:
     """The persona's name and sample ids from the file's header, or for another library's file from its manifest."""
     if header.is_ours:
@@ -251,3 +242,53 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def flaws_of_index(folder: Path, headers: Mapping[str, ArtifactHeader], present: Collection[str]) -> list[str]:
+    """What the index lacks or has wrong, with the number of entries concerned; nothing when it is right.
+
+    Others may save meanwhile. What seems wrong is therefore looked at again while nobody does, with the files as they
+    are then.
+
+    Args:
+        folder: The folder of one model, strategy and variant.
+        headers: By persona, the headers of the files that can be trusted.
+        present: The personas that have a file, trusted or not.
+
+    Raises:
+        StoreError: The manifest cannot be read, or a later version of this package wrote it.
+    """
+    if not _flaws(folder, headers, present):
+        return []
+    now, there = {}, set()
+    with undisturbed(folder):
+        for persona_id, path, _ in sorted(artifacts(folder)):
+            there.add(persona_id)
+            if persona_id in headers or persona_id not in present:
+                with contextlib.suppress(StoreError):
+                    now[persona_id] = read_header(path, persona_id)
+        return _flaws(folder, now, there)
+
+
+def _flaws(folder: Path, headers: Mapping[str, ArtifactHeader], present: Collection[str]) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # What they say is told here.
+        recorded = read_recorded(folder)
+    if recorded.problem is not None:
+        return [f"it is damaged: {recorded.problem}"]
+    listed = recorded.entries
+    expected = {name: entry_from(header, listed.get(name)) for name, header in headers.items()}
+    concerned = {
+        "of files that it does not have": [name for name in expected if name not in listed],
+        "without a file": [name for name in listed if name not in present],
+        "not as their files say": [name for name in expected if name in listed and listed[name] != expected[name]],
+    }
+    flaws = [f"{len(names)} entries {what}: {_some(names)}" for what, names in concerned.items() if names]
+    shapes = {header.shape for header in headers.values()}
+    if shapes and shapes != {recorded.shape}:
+        flaws.append(f"it says shape {recorded.shape}, the files {sorted(shapes)}")
+    return flaws
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
