@@ -16,7 +16,7 @@ from tl_persona import prepare_inputs
 from tl_persona.data.personas import QAPair
 from tl_persona.display import token_texts
 from tl_persona.errors import InputError
-from tl_persona.projection import TextProjection, project_text
+from tl_persona.steering.text import TextProjection, project_text
 from tl_persona.store import PersonaVectorStore
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 

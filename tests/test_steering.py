@@ -24,8 +24,7 @@ from tl_persona.models.facts import source_of
 from tl_persona.models.hooks import resid_post
 from tl_persona.provenance import Provenance
 from tl_persona.steering import Intervention, attach, monitor, project
-from tl_persona.steering_passes import PassWatch
-from tl_persona.steering_positions import Positions
+from tl_persona.steering.positions import PassWatch, Positions
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 BRIDGE = pytest.param("bridge", marks=pytest.mark.tl)

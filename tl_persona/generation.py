@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_persona.backends.choice import open_backend
 from tl_persona.errors import InputError, PromptError
 from tl_persona.prompts.template import require_chat_tokenizer
-from tl_persona.steering import Intervention, attach
+from tl_persona.steering.interventions import Intervention, attach
 
 GenerationPrompt: TypeAlias = str | Sequence[Mapping[str, str]] | Tensor
 """A raw text, the messages of a chat, or token ids as they are: a 1-D tensor of integers."""

@@ -17,16 +17,15 @@ from torch import Tensor
 
 from tl_persona.display import Card, Shown
 from tl_persona.errors import CorruptFileError, InputError, NonFiniteError
-from tl_persona.export.forward_hook import forward_hook
 from tl_persona.export.outgoing import block_outputs
 from tl_persona.files import Fields, make_folder, write_atomically
 from tl_persona.layer_table import facts_of
 from tl_persona.models.facts import HookedModel, source_of
 from tl_persona.models.hooks import layer_of, resid_post
 from tl_persona.provenance import Provenance
-from tl_persona.steering import Intervention, Mode, attach
-from tl_persona.steering_monitor import project
-from tl_persona.steering_positions import Positions
+from tl_persona.steering.interventions import Intervention, Mode, attach, forward_hook
+from tl_persona.steering.monitor import project
+from tl_persona.steering.positions import Positions
 from tl_persona.vector_files import encode, flaw_of, own_path, read_vector
 
 

@@ -19,8 +19,8 @@ from tl_persona.errors import CorruptFileError, InputError
 from tl_persona.layer_table import METRICS, LayerTable, row_of, score_of
 from tl_persona.models.facts import HookedModel
 from tl_persona.set_files import read_set, write_set
-from tl_persona.steering import Mode, attach
-from tl_persona.steering_positions import Positions
+from tl_persona.steering.interventions import Mode, attach
+from tl_persona.steering.positions import Positions
 from tl_persona.steering_vector import SteeringVector, belonging, built
 from tl_persona.vector_files import encode
 from tl_persona.vectors_export import SetExports

@@ -9,7 +9,7 @@ from rich.table import Table
 from tl_persona.commands.model import load_named_model
 from tl_persona.errors import InputError
 from tl_persona.generation import generate
-from tl_persona.steering import Intervention
+from tl_persona.steering.interventions import Intervention
 from tl_persona.steering_vector import SteeringVector
 from tl_persona.vectors import SteeringVectorSet
 

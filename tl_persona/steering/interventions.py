@@ -1,9 +1,9 @@
 """Edits activations while a model runs: adds a direction, ablates it, or clamps the projection on it.
 
 `attach` puts interventions on a model for the length of a `with` block. It works at hook names, through the model's own
-hook points, so it holds for anything that runs in the block: a forward pass, `run_with_cache`, `generate`. Extracting
-directions is the work of `caa`; which tokens are meant, that of `steering_positions`; `monitor` and `project`, which
-read and do not edit, come from `steering_monitor`.
+hook points, so it holds for anything that runs in the block: a forward pass, `run_with_cache`, `generate`. The same
+edit can be had as a forward hook for a decoder layer of plain transformers, or of what is built like it; putting that
+on a module, and taking it off, is the caller's.
 """
 
 import math
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.errors import InputError, NonFiniteError
+from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.models.facts import HookedModel
-from tl_persona.steering_hooks import (
+from tl_persona.steering.hook_points import (
     check_activation,
     check_edit_is_felt,
     checked_direction,
@@ -26,11 +26,7 @@ from tl_persona.steering_hooks import (
     hooked,
     unit_direction,
 )
-from tl_persona.steering_monitor import Monitor, monitor, project
-from tl_persona.steering_passes import CacheGuard, PassWatch
-from tl_persona.steering_positions import Positions, check_positions, select
-
-__all__ = ["Intervention", "Mode", "Monitor", "Positions", "attach", "monitor", "project"]
+from tl_persona.steering.positions import CacheGuard, PassWatch, Positions, check_positions, select
 
 Mode: TypeAlias = Literal["add", "ablate", "clamp"]
 _Edit: TypeAlias = Callable[[Tensor], Tensor]
@@ -51,7 +47,7 @@ class Intervention:
         direction: Floating point, finite, and not zero for `ablate` and `clamp`.
         coefficient: See above. `add` at 0 leaves the model without a hook, so nothing changes, bit for bit.
         mode: See above.
-        positions: Which tokens; see `steering_positions.Positions`. The others keep their activations bit for bit.
+        positions: Which tokens; see `steering.positions.Positions`. The others keep their activations bit for bit.
 
     Raises:
         InputError: One of them is none of this.
@@ -99,7 +95,7 @@ def attach(model: HookedModel, interventions: Iterable[Intervention]) -> Iterato
     Raises:
         HookError: The model has no such hook, or an edit there would not be felt.
         InputError: There is no intervention, a direction has another width, or the model has no hooks. While the model
-            runs: a position lies outside a text, or cannot be told (see `steering_positions.select`); or a bridge goes
+            runs: a position lies outside a text, or cannot be told (see `steering.positions.select`); or a bridge goes
             on with a key-value cache that did not take up what ran before.
 
     Example:
@@ -173,3 +169,37 @@ def _setting(wanted: Intervention) -> _Edit:
         return (wide + missing[..., None] * ready[key]).to(activation.dtype)
 
     return set_projection
+
+
+def forward_hook(wanted: Intervention) -> Callable[[Any, Any, Any], Any]:
+    """A function for `module.register_forward_hook` that edits the hidden states a module returns.
+
+    They may come as a tensor (..., d_model), or first in a tuple, whose rest stays as it is.
+
+    Args:
+        wanted: The edit; it acts on every position.
+
+    Raises:
+        HookError: While the model runs: the module returns something else or another width, or a part of the stream
+            of which only the sum could be set.
+    """
+
+    def steer_output(module: Any, inputs: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(hidden, Tensor) or hidden.shape[-1] != len(wanted.direction):
+            seen = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(output).__name__
+            raise HookError(
+                f"{type(module).__name__} returned {seen}, not hidden states of width {len(wanted.direction)}: put the "
+                f"hook for {wanted.hook_name} on the decoder layer of that number"
+            )
+        if hidden is output:
+            return edit(hidden)
+        if wanted.mode != "add" and any(isinstance(part, Tensor) and part.shape == hidden.shape for part in output[1:]):
+            raise HookError(
+                f"{type(module).__name__} returned its stream in two parts, and mode {wanted.mode!r} would set "
+                "only one: use mode 'add'"
+            )
+        return (edit(hidden), *output[1:])
+
+    edit = edit_of(wanted)
+    return steer_output

@@ -1,7 +1,4 @@
-"""A text with every token shaded by its projection on a vector: which words a direction responds to.
-
-Projecting is `steering_monitor`'s work; here one text is run and shown.
-"""
+"""A text with every token shaded by its projection on a vector: which words a direction responds to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from tl_persona.display import Piece, TokenView, token_texts
 from tl_persona.errors import InputError
 from tl_persona.models.facts import HookedModel
 from tl_persona.prompts.prompt import Prompt
-from tl_persona.steering_monitor import HasDirection, monitor
+from tl_persona.steering.monitor import HasDirection, monitor
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -1,7 +1,6 @@
 """Puts functions on the hook points of a TransformerLens model, and takes them off again.
 
-What can be known of a hook and a direction before the model runs is checked here. What the functions do is the work of
-`steering`.
+What can be known of a hook and a direction before the model runs is checked here.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """Reads projections off activations: those at hand, or those of a model while it runs.
 
-Only the projections are kept. Editing activations is the work of `steering`.
+Only the projections are kept, and nothing is edited.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tl_persona.errors import InputError
 from tl_persona.models.facts import HookedModel
-from tl_persona.steering_hooks import check_activation, checked_direction, hook_point, hooked, unit_direction
-from tl_persona.steering_passes import CacheGuard, PassTokens, PassWatch
+from tl_persona.steering.hook_points import check_activation, checked_direction, hook_point, hooked, unit_direction
+from tl_persona.steering.positions import CacheGuard, PassTokens, PassWatch
 
 
 def project(
