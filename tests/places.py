@@ -50,21 +50,8 @@ TO_MOVE = {
     "commands.show_vectors": "cli",
     "commands.steer": "cli",
     "commands.verify": "cli",
-    "export": "vectors",
-    "export.cards": "hub",
-    "export.control_vectors": "vectors",
-    "export.gguf_reader": "vectors",
-    "export.outgoing": "vectors",
-    "export.peers": "vectors",
-    "export.repositories": "hub",
     "jobs": "extraction",
-    "layer_table": "vectors",
     "parser": "cli",
-    "rotalabs_files": "vectors",
-    "set_files": "vectors",
-    "steering_vector": "vectors",
-    "vector_files": "vectors",
-    "vectors_export": "vectors",
 }
 """Modules that are still to move, and the places that they will lie in."""
 

@@ -26,10 +26,10 @@ from tl_persona.commands.show import run as show
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, TLPersonaError
-from tl_persona.rotalabs_files import read_rotalabs
 from tl_persona.store import PersonaVectorStore
 from tl_persona.store.file import describe
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
+from tl_persona.vectors.rotalabs import read_rotalabs
 
 SECONDS = 60
 MEMORY = 1_000 * 2**20

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_persona import set_files
 from tl_persona.errors import (
     CorruptFileError,
     InputError,
@@ -28,8 +27,8 @@ from tl_persona.errors import (
 )
 from tl_persona.files import read_bytes
 from tl_persona.provenance import Provenance
-from tl_persona.rotalabs_files import read_rotalabs
-from tl_persona.vectors import SteeringVector, SteeringVectorSet
+from tl_persona.vectors import SteeringVector, SteeringVectorSet, set_files
+from tl_persona.vectors.rotalabs import read_rotalabs
 
 PROVENANCE = Provenance(
     model_name="tiny",

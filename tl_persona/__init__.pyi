@@ -40,7 +40,7 @@ from .steering.interventions import attach as attach
 from .steering.monitor import monitor as monitor
 from .steering.monitor import project as project
 from .steering.text import project_text as project_text
-from .steering_vector import SteeringVector as SteeringVector
 from .store.merge import merge_stores as merge_stores
 from .store.store import PersonaVectorStore as PersonaVectorStore
-from .vectors import SteeringVectorSet as SteeringVectorSet
+from .vectors.vector import SteeringVector as SteeringVector
+from .vectors.vector_set import SteeringVectorSet as SteeringVectorSet

@@ -22,8 +22,8 @@ from tl_persona.provenance import Provenance, software_versions, text_digest
 from tl_persona.statistics.directions import Direction, mean_difference
 from tl_persona.statistics.layers import layer_statistics
 from tl_persona.statistics.means import ActivationSpool
-from tl_persona.steering_vector import SteeringVector
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector import SteeringVector
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 METHOD_NAMES = {"mean_difference": "caa", "pca_direction": "pca", "logistic_direction": "logistic"}
 """`extraction_method` of the bundled directions; another function's own name is taken as it is."""

@@ -92,7 +92,7 @@ def check_persona_file(path: Path) -> FileCheck:
 
 def check_steering_file(path: Path) -> FileCheck:
     """Everything about a file with one steering vector."""
-    from tl_persona.steering_vector import SteeringVector  # Needs torch, which checking a store does without.
+    from tl_persona.vectors.vector import SteeringVector  # Needs torch, which checking a store does without.
 
     size = 0
     try:
@@ -329,7 +329,7 @@ class _Check:
             self._problem(folder / MANIFEST, "index", "; ".join(flaws))
 
     def _set(self, folder: Path, files: list[Path]) -> None:
-        from tl_persona.vectors import SteeringVectorSet  # Needs torch.
+        from tl_persona.vectors.vector_set import SteeringVectorSet  # Needs torch.
 
         for file in files:
             self._file(file)

@@ -6,8 +6,8 @@ from pathlib import Path
 from tl_persona.errors import InputError
 from tl_persona.files import is_folder
 from tl_persona.models.hooks import resolve_hooks
-from tl_persona.steering_vector import SteeringVector
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector import SteeringVector
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 SUFFIX = ".gguf"
 

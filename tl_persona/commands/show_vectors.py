@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_persona.files import is_folder
-from tl_persona.steering_vector import SteeringVector
 from tl_persona.store.header import format_of
-from tl_persona.vector_files import FORMAT
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.files import FORMAT
+from tl_persona.vectors.vector import SteeringVector
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 
 def is_steering(path: Path) -> bool:

@@ -10,8 +10,8 @@ from tl_persona.commands.model import load_named_model
 from tl_persona.errors import InputError
 from tl_persona.generation import generate
 from tl_persona.steering.interventions import Intervention
-from tl_persona.steering_vector import SteeringVector
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector import SteeringVector
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 
 def run(arguments: Namespace) -> int:

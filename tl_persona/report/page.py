@@ -21,7 +21,7 @@ from tl_persona.report.provenance import provenance_parts
 from tl_persona.report.style import graph_objects
 from tl_persona.report.survey import Collection, Survey, survey
 from tl_persona.report.thinning import NONE, STEPS
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 _HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ from typing import Any
 from tl_persona.errors import InputError
 from tl_persona.report.attributes import COLOURS
 from tl_persona.report.style import GRID, faint, graph_objects, layout
-from tl_persona.steering_vector import SteeringVector
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector import SteeringVector
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 CHOSEN = "#000000"
 _ROWS = (

@@ -17,7 +17,7 @@ from tl_persona.files import reason
 from tl_persona.provenance import Provenance
 from tl_persona.store.header import SUFFIX
 from tl_persona.store.store import PersonaVectorStore
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 SET_FILE = "metadata.json"
 _SET_DEPTH = 3

@@ -16,9 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import InputError, MissingDependencyError, NotStoredError, StoreMismatchError
-from tl_persona.export.cards import store_card
-from tl_persona.export.repositories import CARD, pull_files, push_files
 from tl_persona.files import folders_below, make_folder, refuse_outside, write_atomically
+from tl_persona.hub import CARD, pull_files, push_files, store_card
 from tl_persona.provenance import Provenance
 from tl_persona.store import manifest
 from tl_persona.store.core import StoredVectors

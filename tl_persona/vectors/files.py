@@ -1,26 +1,50 @@
-"""The files of steering vectors: bytes from what a vector says of itself, and back, nothing trusted unread.
+"""The file of a steering vector: bytes from what a vector says of itself, and back, nothing trusted unread.
 
-A vector is one safetensors file whose header says what it is; folders of them are the work of `set_files`, pairs of
-rotalabs-steer that of `rotalabs_files`, and making vectors of what was read that of `steering_vector`.
+A vector is one safetensors file whose header says what it is. What goes to another program must mean the same there.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 import msgspec
-import safetensors
 import safetensors.torch
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
-from tl_persona.files import Fields, converted, is_folder, parsed_json, present, read_bytes
+from tl_persona.errors import CorruptFileError, InputError, StoreError
+from tl_persona.files import Fields, converted, parsed_json
+from tl_persona.models.hooks import resid_post
 from tl_persona.provenance import Provenance
-from tl_persona.rotalabs_files import read_rotalabs
+
+
+def label_of(vector: Fields) -> str:
+    """A vector's name in messages."""
+    return f"steering vector {vector['behavior']!r} at {vector['hook_name']}"
+
+
+def block_outputs(vectors: Iterable[Fields], consumer: str) -> list[Fields]:
+    """The vectors, all at the output of a block, the one place that every program means by a layer's number.
+
+    Raises:
+        InputError: There is none, or one acts at another hook.
+    """
+    chosen = list(vectors)
+    if not chosen:
+        raise InputError(f"there is no vector to hand to {consumer}: the set is empty")
+    for vector in chosen:
+        if vector["hook_name"] != resid_post(vector["layer_index"]):
+            raise InputError(
+                f"{label_of(vector)} has no counterpart in {consumer}, which knows the outputs of blocks only: "
+                f"extract at {resid_post(vector['layer_index'])}"
+            )
+    return chosen
+
 
 FORMAT = "tl_persona.steering_vector"
 FORMAT_VERSION = "1"
@@ -76,18 +100,19 @@ def own_path(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)  # not with_suffix: "layer_0.5" has no suffix to lose
 
 
-def encode(vector: Any, label: str) -> bytes:
-    """The file of a `SteeringVector`.
+def norm_of(tensor: Float[Tensor, "d_model"]) -> float:
+    """L2 norm, in float64 and not on the device: not all have it."""
+    return float(tensor.to("cpu", torch.float64).norm())
 
-    Args:
-        vector: A `SteeringVector`; its type is defined further down the flow.
-        label: Names it in errors.
+
+def encode(vector: Fields) -> bytes:
+    """The file of a steering vector.
 
     Raises:
         InputError: Its metadata or provenance has no JSON form.
     """
-    contents = contents_of(vector, label)
-    tensor = vector.vector.cpu().contiguous()
+    contents = contents_of(vector)
+    tensor = vector["vector"].cpu().contiguous()
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -98,18 +123,18 @@ def encode(vector: Any, label: str) -> bytes:
     return _with_sorted_header(safetensors.torch.save({"vector": tensor}, header))
 
 
-def contents_of(vector: Any, label: str) -> str:
-    """All that a `SteeringVector` says of itself but its tensor, as one line of JSON.
+def contents_of(vector: Fields) -> str:
+    """All that a steering vector says of itself but its tensor, as one line of JSON.
 
     Raises:
         InputError: Its metadata or provenance has no JSON form.
     """
-    fields = {name: getattr(vector, name) for name in _Contents.__struct_fields__}
+    fields = {name: vector[name] for name in _Contents.__struct_fields__}
     try:
-        fields["provenance"] = None if vector.provenance is None else msgspec.to_builtins(vector.provenance)
+        fields["provenance"] = None if vector["provenance"] is None else msgspec.to_builtins(vector["provenance"])
         return json.dumps(fields, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{label}: its metadata or provenance has no JSON form: {error}") from error
+        raise InputError(f"{label_of(vector)}: its metadata or provenance has no JSON form: {error}") from error
 
 
 def fields_of(contents: str, tensor: Tensor, source: Path) -> Fields:
@@ -120,25 +145,6 @@ def fields_of(contents: str, tensor: Tensor, source: Path) -> Fields:
     """
     found = converted(parsed_json(contents.encode(), source), _Contents, source)
     return {**{name: getattr(found, name) for name in _Contents.__struct_fields__}, "vector": tensor}
-
-
-def read_vector(path: Path) -> tuple[Fields, Path]:
-    """What a vector's file holds, ours or rotalabs-steer's, and which file that is.
-
-    Raises:
-        NotStoredError: There is neither kind of file.
-        CorruptFileError: The file is truncated or altered, or holds something else.
-        StoreError: It cannot be read, or a later version of this package wrote it.
-    """
-    if is_folder(path):
-        raise NotStoredError(f"{path} is a folder; read a set of vectors with SteeringVectorSet.load")
-    own = own_path(path)
-    if path.suffix == SUFFIX or present(own):
-        return decode(read_bytes(own), own), own
-    pair = path.with_suffix(".json"), path.with_suffix(".pt")
-    if not any(map(present, pair)):
-        raise NotStoredError(f"{path}: no steering vector is there: neither {own.name} nor {pair[0].name}")
-    return read_rotalabs(*pair), pair[1]
 
 
 def _with_sorted_header(data: bytes) -> bytes:

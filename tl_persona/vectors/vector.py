@@ -1,8 +1,4 @@
-"""A steering vector: one direction at one hook, with what is known of it, its arithmetic and its file.
-
-Sets over layers are in `vectors`, the file formats in `vector_files`. Extracting vectors is the work of `caa`,
-measuring them of `statistics`, applying them of `steering`.
-"""
+"""A steering vector: one direction at one hook, with what is known of it, its arithmetic and its file."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +12,36 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.display import Card, Shown
-from tl_persona.errors import CorruptFileError, InputError, NonFiniteError
-from tl_persona.export.outgoing import block_outputs
-from tl_persona.files import Fields, make_folder, write_atomically
-from tl_persona.layer_table import facts_of
+from tl_persona.errors import CorruptFileError, InputError, NonFiniteError, NotStoredError
+from tl_persona.files import Fields, is_folder, make_folder, present, read_bytes, write_atomically
 from tl_persona.models.facts import HookedModel, source_of
 from tl_persona.models.hooks import layer_of, resid_post
 from tl_persona.provenance import Provenance
 from tl_persona.steering.interventions import Intervention, Mode, attach, forward_hook
 from tl_persona.steering.monitor import project
 from tl_persona.steering.positions import Positions
-from tl_persona.vector_files import encode, flaw_of, own_path, read_vector
+from tl_persona.vectors.files import SUFFIX, block_outputs, decode, encode, flaw_of, label_of, norm_of, own_path
+from tl_persona.vectors.rotalabs import read_rotalabs
+from tl_persona.vectors.table import facts_of
+
+
+def read_vector(path: Path) -> tuple[Fields, Path]:
+    """What a vector's file holds, ours or rotalabs-steer's, and which file that is.
+
+    Raises:
+        NotStoredError: There is neither kind of file.
+        CorruptFileError: The file is truncated or altered, or holds something else.
+        StoreError: It cannot be read, or a later version of this package wrote it.
+    """
+    if is_folder(path):
+        raise NotStoredError(f"{path} is a folder; read a set of vectors with SteeringVectorSet.load")
+    own = own_path(path)
+    if path.suffix == SUFFIX or present(own):
+        return decode(read_bytes(own), own), own
+    pair = path.with_suffix(".json"), path.with_suffix(".pt")
+    if not any(map(present, pair)):
+        raise NotStoredError(f"{path}: no steering vector is there: neither {own.name} nor {pair[0].name}")
+    return read_rotalabs(*pair), pair[1]
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -108,7 +123,7 @@ class SteeringVector(Shown):
     @property
     def norm(self) -> float:
         """L2 norm."""
-        return float(self._float64.norm())
+        return norm_of(self.vector)
 
     @property
     def dim(self) -> int:
@@ -192,7 +207,7 @@ class SteeringVector(Shown):
             >>> layer(torch.zeros(1, 1, 2)), handle.remove()
             (tensor([[[6., 8.]]]), None)
         """
-        block_outputs([self], "a decoder layer")
+        block_outputs([as_fields(self)], "a decoder layer")
         return forward_hook(Intervention(self.hook_name, self.vector, coefficient, mode))
 
     def project(self, activations: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
@@ -217,7 +232,7 @@ class SteeringVector(Shown):
             StoreError: The file system refused.
         """
         file = own_path(Path(path))
-        data = encode(self, self.label)
+        data = encode(as_fields(self))
         make_folder(file.parent)
         write_atomically(file, data)
         return file
@@ -242,12 +257,12 @@ class SteeringVector(Shown):
         return self.vector.to("cpu", torch.float64)  # not on the device: not all have float64
 
     def _card(self) -> Card:
-        return Card(f"steering vector for {self.behavior}", facts_of(self))
+        return Card(f"steering vector for {self.behavior}", facts_of(as_fields(self)))
 
     @property
     def label(self) -> str:
         """Its name in messages."""
-        return f"steering vector {self.behavior!r} at {self.hook_name}"
+        return label_of(as_fields(self))
 
     def intervention(
         self, model: HookedModel, coefficient: float = 1.0, positions: Positions = None, mode: Mode = "add"
@@ -299,6 +314,11 @@ def _check_same_model(vector: SteeringVector, model: HookedModel) -> None:
 
 def _both(one: str, symbol: str, other: str) -> str:
     return one if one == other else f"{one} {symbol} {other}"
+
+
+def as_fields(vector: SteeringVector) -> Fields:
+    """What a vector says of itself, by name, as its formats take it; `built` is the way back."""
+    return {name: getattr(vector, name) for name in SteeringVector.__dataclass_fields__}
 
 
 def built(fields: Fields, source: Path) -> SteeringVector:

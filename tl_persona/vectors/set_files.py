@@ -30,8 +30,8 @@ from tl_persona.files import (
     refuse_outside,
     write_atomically,
 )
-from tl_persona.rotalabs_files import read_rotalabs
-from tl_persona.vector_files import FORMAT_VERSION, SUFFIX, check_version, decode
+from tl_persona.vectors.files import FORMAT_VERSION, SUFFIX, check_version, decode
+from tl_persona.vectors.rotalabs import read_rotalabs
 
 LOCK = ".set.lock"
 WAITING = ".set.next"

@@ -1,38 +1,20 @@
 """What is known of a vector at each layer: as a table for people or pandas, and as scores to choose a layer by.
 
-Computing statistics is `statistics`' work; here they are read from a vector's metadata.
+Nothing is computed here: statistics are read from a vector's metadata.
 """
 
 import html
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from tl_persona.errors import MissingDependencyError
+from tl_persona.files import Fields
+from tl_persona.vectors.files import norm_of
 
 METRICS = ("separation", "split_half", "norm")
 """What a layer can be chosen by; see `SteeringVectorSet.get_best`."""
-
-
-@runtime_checkable
-class Measured(Protocol):
-    """What a row, or a card, needs of a steering vector."""
-
-    @property
-    def vector(self) -> Any: ...
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def extraction_method(self) -> str: ...
-    @property
-    def layer_index(self) -> int: ...
-    @property
-    def hook_name(self) -> str: ...
-    @property
-    def norm(self) -> float: ...
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
 
 
 _STATISTICS = (
@@ -86,10 +68,10 @@ class LayerTable:
         return pandas.DataFrame(list(self.rows), columns=list(_COLUMNS)).set_index("layer")
 
 
-def row_of(vector: Measured) -> dict[str, Any]:
+def row_of(vector: Fields) -> dict[str, Any]:
     """The row of one vector."""
-    found = {"layer": vector.layer_index, "hook_name": vector.hook_name, "norm": vector.norm}
-    found |= {name: vector.metadata.get(name) for name in ("num_pairs", *_NORMS)}
+    found = {"layer": vector["layer_index"], "hook_name": vector["hook_name"], "norm": norm_of(vector["vector"])}
+    found |= {name: vector["metadata"].get(name) for name in ("num_pairs", *_NORMS)}
     found |= {name: _statistics(vector).get(name) for name in _STATISTICS}
     return {name: found[name] for name in _COLUMNS}
 
@@ -115,39 +97,40 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _statistics(vector: Measured) -> Mapping[str, Any]:
-    found = vector.metadata.get("statistics")
+def _statistics(vector: Fields) -> Mapping[str, Any]:
+    found = vector["metadata"].get("statistics")
     return found if isinstance(found, Mapping) else {}
 
 
-def facts_of(vector: Measured) -> dict[str, str]:
+def facts_of(vector: Fields) -> dict[str, str]:
     """What is known of one vector, in words; what is not known is left out.
 
     Example:
         >>> import torch
         >>> from tl_persona.vectors import SteeringVector
-        >>> facts_of(SteeringVector("calm", 3, torch.tensor([3.0, 4.0]), "tiny"))["norm"]
+        >>> from tl_persona.vectors.vector import as_fields
+        >>> facts_of(as_fields(SteeringVector("calm", 3, torch.tensor([3.0, 4.0]), "tiny")))["norm"]
         '5'
     """
-    tensor, metadata = vector.vector, vector.metadata
+    tensor, metadata = vector["vector"], vector["metadata"]
     told = dict(zip(_HEADINGS, _cells(row_of(vector)), strict=True))
     facts = {
-        "hook": f"{vector.hook_name} (layer {vector.layer_index})",
-        "model": vector.model_name,
+        "hook": f"{vector['hook_name']} (layer {vector['layer_index']})",
+        "model": vector["model_name"],
         "tensor": f"{len(tensor)} d_model, {str(tensor.dtype).removeprefix('torch.')}, {tensor.device}",
         "norm": told["norm"],
-        "method": vector.extraction_method,
+        "method": vector["extraction_method"],
         "token position": str(metadata.get("token_position", "")),
         **{name: told[name] for name in ("pairs", "split half", "agreement", "AUC", "d'", "note")},
     }
     return {name: fact for name, fact in facts.items() if fact}
 
 
-def score_of(vector: Measured, metric: str) -> tuple[float, ...] | None:
+def score_of(vector: Fields, metric: str) -> tuple[float, ...] | None:
     """What a metric sorts by, larger being better; None where the vector lacks it."""
     found = _statistics(vector)
     if metric == "norm":
-        return (vector.norm,)
+        return (norm_of(vector["vector"]),)
     if metric == "split_half":
         return None if found.get("split_half") is None else (found["split_half"],)
     if found.get("auc") is None:

@@ -2,13 +2,20 @@
 
 llama.cpp adds the tensor `direction.i` to the output of block i, for i from 1 to the last block. There is no direction
 0, so a vector of block 0 cannot be written. All else that a vector says of itself goes along in keys of our own, which
-other programs pass over. The format is specified in `docs/export.md`. Writing needs the package `gguf`, loaded then;
-the bytes are read by `gguf_reader`.
+other programs pass over. The format is specified in `docs/how-to/take-vectors-elsewhere.md`. Writing needs the package
+`gguf`, loaded then.
+
+A file may come from anywhere, so nothing it declares is believed before the bytes are seen to be there, and reading
+takes no more memory than a small multiple of the file. Numbers among the metadata are passed over. Little-endian files
+of versions 2 and 3, as all programs write them today.
 """
 
+import math
 import re
+import struct
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -16,18 +23,123 @@ import numpy
 import torch
 from torch import Tensor
 
-from tl_persona.errors import (
-    CorruptFileError,
-    InputError,
-    MissingDependencyError,
-    NonFiniteError,
-    StoreError,
-)
-from tl_persona.export.gguf_reader import parse_gguf
-from tl_persona.export.outgoing import Outgoing, block_outputs
+from tl_persona.errors import CorruptFileError, InputError, MissingDependencyError, NonFiniteError, StoreError
 from tl_persona.files import Fields, make_folder, read_bytes, write_atomically
 from tl_persona.provenance import text_digest
-from tl_persona.vector_files import contents_of, fields_of, tensor_digest
+from tl_persona.vectors.files import block_outputs, contents_of, fields_of, label_of, tensor_digest
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of each type of number."""
+
+_UINT32, _TEXT, _LIST = 4, 8, 9
+_F32 = 0
+_ALIGNMENT_KEY = "general.alignment"
+_DEFAULT_ALIGNMENT = 32
+_MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor.
+
+    Attributes:
+        shape: Outermost axis first.
+        data: Little-endian float32; None for any other type.
+    """
+
+    shape: tuple[int, ...]
+    data: bytes | None
+
+
+def parse_gguf(data: bytes) -> tuple[dict[str, str | list[str]], dict[str, GgufTensor]]:
+    """The texts and lists of texts by key, and the tensors by name.
+
+    Raises:
+        ValueError: It is no whole GGUF file of a version known here.
+    """
+    cursor = _Cursor(data)
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not begin as GGUF does")
+    version = cursor.number("<I")
+    if version not in (2, 3):
+        raise ValueError(f"it is of GGUF version {version}")
+    tensor_count, key_count = cursor.number("<Q"), cursor.number("<Q")
+    texts: dict[str, str | list[str]] = {}
+    alignment = _DEFAULT_ALIGNMENT
+    seen = set()
+    for _ in range(key_count):
+        key, kind = cursor.text(), cursor.number("<I")
+        if key in seen:
+            raise ValueError(f"it has the key {key!r} twice")
+        seen.add(key)
+        if kind == _TEXT:
+            texts[key] = cursor.text()
+        elif kind == _LIST:
+            found = cursor.list_of_texts()
+            if found is not None:
+                texts[key] = found
+        elif key == _ALIGNMENT_KEY and kind == _UINT32:
+            alignment = cursor.number("<I")
+        else:
+            cursor.skip(kind, 1)
+    described = {}
+    for _ in range(tensor_count):
+        name, dimensions = cursor.text(), cursor.number("<I")
+        if name in described or dimensions > _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} is there twice, or has {dimensions} dimensions")
+        shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
+        described[name] = shape, cursor.number("<I"), cursor.number("<Q")
+    if alignment < 1:
+        raise ValueError("its alignment is 0")
+    sizes = {name: 4 * math.prod(shape) for name, (shape, kind, _) in described.items() if kind == _F32}
+    if sum(sizes.values()) > len(data):
+        raise ValueError("its tensors are larger than the file: they end beyond it, or share their bytes")
+    start = -(-cursor.place // alignment) * alignment
+    tensors = {
+        name: GgufTensor(shape, cursor.slice(start + offset, sizes[name]) if name in sizes else None)
+        for name, (shape, _, offset) in described.items()
+    }
+    return texts, tensors
+
+
+class _Cursor:
+    """Takes bytes in order, and never more than there are."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.place = 0
+
+    def slice(self, start: int, size: int) -> bytes:
+        if start + size > len(self._data):
+            raise ValueError(f"it ends at byte {len(self._data)}, within what it says it holds")
+        return self._data[start : start + size]
+
+    def take(self, size: int) -> bytes:
+        found = self.slice(self.place, size)
+        self.place += size
+        return found
+
+    def number(self, form: str) -> int:
+        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
+
+    def text(self) -> str:
+        return self.take(self.number("<Q")).decode()
+
+    def skip(self, kind: int, count: int) -> None:
+        if kind not in _SIZES:
+            raise ValueError(f"it has a value of type {kind}")
+        self.slice(self.place, size := _SIZES[kind] * count)
+        self.place += size
+
+    def list_of_texts(self) -> list[str] | None:
+        """A list; None, passed over, where it is one of numbers."""
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind != _TEXT:
+            self.skip(kind, count)
+            return None
+        self.slice(self.place, 8 * count)  # each has its length before it
+        return [self.text() for _ in range(count)]
+
 
 ARCHITECTURE = "controlvector"
 FORMAT_VERSION = "1"
@@ -41,7 +153,7 @@ _DIGEST = "tl_persona.sha256"
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,8})")
 
 
-def write_control_vector(path: Path, vectors: Iterable[Outgoing], model_hint: str | None = None) -> Path:
+def write_control_vector(path: Path, vectors: Iterable[Fields], model_hint: str | None = None) -> Path:
     """Write vectors as one GGUF file, whole or not at all.
 
     Args:
@@ -58,13 +170,13 @@ def write_control_vector(path: Path, vectors: Iterable[Outgoing], model_hint: st
         MissingDependencyError: The package gguf is not installed.
         StoreError: The file system refused.
     """
-    chosen = sorted(block_outputs(vectors, "llama.cpp"), key=lambda vector: vector.layer_index)
-    if chosen[0].layer_index == 0:
+    chosen = sorted(block_outputs(vectors, "llama.cpp"), key=lambda vector: int(vector["layer_index"]))
+    if chosen[0]["layer_index"] == 0:
         raise InputError(
-            f"{chosen[0].label}: a GGUF control vector has no direction 0, as llama.cpp leaves the output of block 0 "
-            "alone: export without it, by layers=..."
+            f"{label_of(chosen[0])}: a GGUF control vector has no direction 0, as llama.cpp leaves the output of "
+            "block 0 alone: export without it, by layers=..."
         )
-    contents = [contents_of(vector, vector.label) for vector in chosen]
+    contents = [contents_of(vector) for vector in chosen]
     tensors = [_as_float32(vector) for vector in chosen]
     if path.suffix != SUFFIX:
         path = path.with_name(path.name + SUFFIX)
@@ -72,13 +184,13 @@ def write_control_vector(path: Path, vectors: Iterable[Outgoing], model_hint: st
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder, "draft")
         writer = gguf.GGUFWriter(draft, ARCHITECTURE)
-        writer.add_string(_MODEL_HINT, chosen[0].model_name if model_hint is None else model_hint)
+        writer.add_string(_MODEL_HINT, chosen[0]["model_name"] if model_hint is None else model_hint)
         writer.add_uint32(_LAYER_COUNT, len(chosen))
         writer.add_string(_VERSION, FORMAT_VERSION)
         writer.add_array(_CONTENTS, contents)
         writer.add_string(_DIGEST, _digest(contents, tensors))
         for vector, tensor in zip(chosen, tensors, strict=True):
-            writer.add_tensor(f"direction.{vector.layer_index}", tensor.numpy())
+            writer.add_tensor(f"direction.{vector['layer_index']}", tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -168,10 +280,10 @@ def _digest(contents: Sequence[str], tensors: Sequence[Tensor]) -> str:
     return text_digest([*contents, *map(tensor_digest, tensors)])
 
 
-def _as_float32(vector: Outgoing) -> Tensor:
-    tensor = vector.vector.to("cpu", torch.float32).contiguous()
+def _as_float32(vector: Fields) -> Tensor:
+    tensor: Tensor = vector["vector"].to("cpu", torch.float32).contiguous()
     if not tensor.isfinite().all():
-        raise NonFiniteError(f"{vector.label} overflows float32, in which GGUF control vectors are written")
+        raise NonFiniteError(f"{label_of(vector)} overflows float32, in which GGUF control vectors are written")
     return tensor
 
 

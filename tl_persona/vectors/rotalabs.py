@@ -1,14 +1,17 @@
-"""Reads the `.json` + `.pt` pairs in which rotalabs-steer saves a vector, and runs nothing of what is in them.
+"""The folders of rotalabs-steer: `.json` + `.pt` pairs, read and written, and nothing run of what is in them.
 
 A `.pt` file is an archive: a pickle, which says how a tensor is put together, and the bytes of its numbers. The pickle
 is never unpickled. It is one plain 1-D tensor's, instruction by instruction, or refused; then its few numbers say
-which bytes are the vector. Writing such pairs is the work of `export.peers`.
+which bytes are the vector.
 """
 
 import io
+import json
 import pickletools
 import sys
 import zipfile
+from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,74 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_persona.errors import CorruptFileError, NotStoredError
-from tl_persona.files import Fields, converted, parsed_json, present, read_bytes
+from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
+from tl_persona.files import (
+    SET_FILE,
+    SET_FORMAT,
+    Fields,
+    converted,
+    make_folder,
+    parsed_json,
+    present,
+    read_bytes,
+    write_atomically,
+)
+from tl_persona.vectors.files import block_outputs, contents_of
+
+
+def write_rotalabs(folder: Path, vectors: Iterable[Fields]) -> Path:
+    """Write a folder that rotalabs-steer loads as a set of its own.
+
+    It has `metadata.json`, and for each layer `layer_<N>.json` and a plain tensor in `layer_<N>.pt`. The tensors are in
+    torch's pickle, since its readers know nothing else; they load with `weights_only=True`, as rotalabs-steer loads
+    them. Provenance has no place in it.
+
+    Raises:
+        InputError: There is no vector, one is no output of a block, metadata has no JSON form, or the folder holds a
+            set of this package, whose files would be mixed up with these.
+        StoreError: The file system refused.
+    """
+    chosen = sorted(block_outputs(vectors, "rotalabs-steer"), key=lambda vector: int(vector["layer_index"]))
+    if _holds_own_set(folder):
+        raise InputError(f"{folder} holds a set of this package's own format: choose another folder")
+    files = {}
+    for vector in chosen:
+        contents_of(vector)  # raises where JSON cannot hold the metadata, before anything is written
+        described = {
+            "behavior": vector["behavior"],
+            "layer_index": vector["layer_index"],
+            "model_name": vector["model_name"],
+            "extraction_method": vector["extraction_method"],
+            "metadata": dict(vector["metadata"]),
+            "vector_shape": list(vector["vector"].shape),
+        }
+        pickled = BytesIO()
+        torch.save(vector["vector"].cpu().clone(), pickled)  # a view would take its whole storage along
+        files[f"layer_{vector['layer_index']}.pt"] = pickled.getvalue()
+        files[f"layer_{vector['layer_index']}.json"] = _json(described)
+    metadata = {
+        "behavior": chosen[0]["behavior"],
+        "layers": [vector["layer_index"] for vector in chosen],
+        "model_name": chosen[0]["model_name"],
+    }
+    make_folder(folder)
+    for name, data in (*files.items(), (SET_FILE, _json(metadata))):
+        write_atomically(folder / name, data)
+    return folder
+
+
+def _holds_own_set(folder: Path) -> bool:
+    source = folder / SET_FILE
+    try:
+        found = parsed_json(read_bytes(source), source)
+    except StoreError:
+        return False
+    return isinstance(found, dict) and found.get("format") == SET_FORMAT
+
+
+def _json(data: object) -> bytes:
+    return f"{json.dumps(data, indent=2)}\n".encode()
+
 
 _PROGRAM = "data.pkl"
 _MAX_PROGRAM_BYTES = 4096
