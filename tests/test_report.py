@@ -28,10 +28,9 @@ from tl_persona.report import (
     write_report,
 )
 from tl_persona.report.attributes import colouring, colourings
-from tl_persona.report.data import collection_data
+from tl_persona.report.data import MAX_PAIRS, NONE, STEPS, collection_data, packed, pairs_of, thinned
 from tl_persona.report.style import LONGEST, distinct, labels_of
 from tl_persona.report.survey import survey
-from tl_persona.report.thinning import MAX_PAIRS, NONE, STEPS, packed, pairs_of, thinned
 from tl_persona.store import PersonaVectorStore
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 

@@ -1,6 +1,6 @@
 """The layers of a set of steering vectors: how well each separates, how stable it is, how long, and which is chosen.
 
-The statistics come with the vectors (see `statistics`), and the choice of a layer is the set's own.
+The statistics come with the vectors, and the choice of a layer is the set's own.
 """
 
 import warnings
