@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from tl_persona.parser import build_parser
+from tl_persona.cli.arguments import build_parser
 
 PAGE = Path(__file__).resolve().parent / "reference" / "command-line.md"
 
@@ -19,7 +19,7 @@ BEGINNING = """# Command line
 Exit codes: 0 done; 1 something failed while running (with `--skip-failed`, some persona; for `show`, a checksum); 2 bad
 arguments or input; 130 interrupted. Results go to standard output, progress and errors to standard error.
 
-<!-- Written by docs/command_line.py: change the parser in tl_persona/parser.py, then run it again. -->
+<!-- Written by docs/command_line.py: change the parser in tl_persona/cli/arguments.py, then run it again. -->
 """
 
 

@@ -186,4 +186,4 @@ def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **_options: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("tl_persona.commands.model.load_model", fail)
+    monkeypatch.setattr("tl_persona.cli.inputs.load_model", fail)

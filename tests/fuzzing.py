@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tl_persona.checking import check_saved
-from tl_persona.commands.show_vectors import is_steering
+from tl_persona.cli.show import is_steering
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.dataset import PersonaDataset, related_frq_qids
 from tl_persona.data.personas import answer_text, question_text

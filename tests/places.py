@@ -37,21 +37,7 @@ MODULES_TO_COME = {"doctor", "cluster"}
 """Those of them that will be a module, and not a subpackage."""
 
 TO_MOVE = {
-    "commands": "cli",
-    "commands.arguments": "cli",
-    "commands.caa": "cli",
-    "commands.export": "cli",
-    "commands.extract": "cli",
-    "commands.merge": "cli",
-    "commands.model": "cli",
-    "commands.preview": "cli",
-    "commands.report": "cli",
-    "commands.show": "cli",
-    "commands.show_vectors": "cli",
-    "commands.steer": "cli",
-    "commands.verify": "cli",
     "jobs": "extraction",
-    "parser": "cli",
 }
 """Modules that are still to move, and the places that they will lie in."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tl_persona
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.data.personas import Persona, QAPair
 from tl_persona.store import PersonaVectorStore
@@ -357,8 +357,8 @@ def test_the_questions_of_one_persona_are_held_at_a_time(cli: CommandLine, monke
         return []
 
     monkeypatch.setattr("tl_persona.data.dataset.QAPair", Watched)
-    monkeypatch.setattr("tl_persona.commands.extract.load_for_backend", lambda *_: object())
-    monkeypatch.setattr("tl_persona.commands.extract.run_extraction", pretend)
+    monkeypatch.setattr("tl_persona.cli.extract.load_for_backend", lambda *_: object())
+    monkeypatch.setattr("tl_persona.cli.extract.run_extraction", pretend)
     assert cli() == 0
     assert held == {persona: [f"{persona}-{number}" for number in range(1, 6)] for persona in NAMES}
 
@@ -375,8 +375,8 @@ def test_a_file_that_changes_while_personas_run_ends_the_run_and_is_named(
             file.write(json.dumps(frq("odo", 6, "explicit", "Late.")) + "\n")
         return []
 
-    monkeypatch.setattr("tl_persona.commands.extract.load_for_backend", lambda *_: object())
-    monkeypatch.setattr("tl_persona.commands.extract.run_extraction", pretend)
+    monkeypatch.setattr("tl_persona.cli.extract.load_for_backend", lambda *_: object())
+    monkeypatch.setattr("tl_persona.cli.extract.run_extraction", pretend)
     assert cli(*options) == 2
     assert ran == ["mara"]
     assert re.search(r"error: .*qa\.jsonl: the file was changed after it was opened", cli.err)
@@ -463,7 +463,9 @@ def test_show_of_what_is_not_there_ends_with_1(cli: CommandLine) -> None:
 
 
 def test_no_librarys_bar_is_drawn_where_there_is_no_terminal() -> None:
-    code = "from tl_persona.cli import main; main(['show', 'nothing']); import tqdm; [*tqdm.tqdm(range(9), 'a bar')]"
+    code = (
+        "from tl_persona.cli.main import main; main(['show', 'nothing']); import tqdm; [*tqdm.tqdm(range(9), 'a bar')]"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "nothing" in done.stderr

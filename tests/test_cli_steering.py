@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_persona import extract_caa_vectors, load_model, load_pairs
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.statistics.directions import pca_direction
 from tl_persona.vectors import SteeringVector, SteeringVectorSet

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tl_persona.checking import check_saved
-from tl_persona.commands.show import run as show
+from tl_persona.cli.show import run as show
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, TLPersonaError

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.errors import (
     CorruptFileError,
     InputError,

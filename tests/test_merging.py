@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import PROVENANCE, VECTORS, read_as_the_reference_does, write_as_the_reference_does
 
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.data.shards import Shard
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError

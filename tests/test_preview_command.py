@@ -16,7 +16,7 @@ from tiny import build_tokenizer
 from tokenizer_kinds import fast_tokenizer
 
 from tl_persona import ContrastPairDataset, PersonaDataset, load_pairs
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.data.personas import system_prompt
 from tl_persona.prompts.masks import MaskStrategy
 
@@ -77,7 +77,7 @@ def test_weights_beside_the_tokenizer_are_not_touched(tiny_llama: Path, tmp_path
     folder = shutil.copytree(tiny_llama, tmp_path / "chat")
     (folder / "model.safetensors").write_bytes(b"not weights")
     program = (
-        "import sys\nfrom tl_persona.cli import main\n"
+        "import sys\nfrom tl_persona.cli.main import main\n"
         f"opened = []\nsys.addaudithook(lambda event, args: event == 'open' and opened.append(str(args[0])))\n"
         f"code = main(['preview', '--model', {str(folder)!r}, *{TYPED!r}])\n"
         "assert code == 0, code\n"

@@ -11,7 +11,7 @@ import pytest
 from span_oracle import BY_NAME
 
 from tl_persona import ContrastPair, Persona, QAPair, extract_caa_vectors, run_extraction
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.provenance import Provenance, text_digest
 from tl_persona.store import PersonaVectorStore
 

@@ -55,7 +55,7 @@ from tl_persona import (
 )
 from tl_persona.backends import Backend, open_backend
 from tl_persona.backends.remote.model import RemoteModel, RemoteSettings, open_remote_model
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.errors import (
     HookError,
     InputError,

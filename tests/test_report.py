@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.errors import InputError, MissingDependencyError, NotStoredError
 from tl_persona.report import (
     cosines,

@@ -20,7 +20,7 @@ from test_store import MODEL, PROVENANCE, VECTORS, save, write_as_the_reference_
 
 from tl_persona import files
 from tl_persona.checking import Checkup, check_saved
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.errors import NotStoredError, StoreError
 from tl_persona.store import PersonaVectorStore, manifest
 from tl_persona.store.file import encode
@@ -447,7 +447,7 @@ def test_progress_ends_where_the_files_end(root: Path) -> None:
 
 def test_a_store_is_verified_without_torch(root: Path) -> None:
     code = (
-        "import sys\nfrom tl_persona.cli import main\n"
+        "import sys\nfrom tl_persona.cli.main import main\n"
         f"assert main(['verify', {str(root)!r}, '--repair']) == 0\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

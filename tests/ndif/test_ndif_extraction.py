@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tl_persona import MaskStrategy, PersonaDataset, extract_caa_vectors, load_model, load_pairs, run_extraction
 from tl_persona.backends import open_backend
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 from tl_persona.errors import RemoteRefusedError
 from tl_persona.plan import Sample
 

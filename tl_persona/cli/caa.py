@@ -7,9 +7,8 @@ from rich.console import Console
 
 from tl_persona.backends.base import JOURNAL_FOLDER
 from tl_persona.caa import extract_caa_vectors
-from tl_persona.commands.arguments import read_template_kwargs
-from tl_persona.commands.model import load_for_backend, status_printer
-from tl_persona.commands.show_vectors import best_line, layer_table
+from tl_persona.cli.inputs import load_for_backend, read_template_kwargs, status_printer
+from tl_persona.cli.show import best_line, layer_table
 from tl_persona.data.behaviors import load_pairs
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.errors import InputError

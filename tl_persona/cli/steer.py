@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tl_persona.commands.model import load_named_model
+from tl_persona.cli.inputs import load_named_model
 from tl_persona.errors import InputError
 from tl_persona.generation import generate
 from tl_persona.steering.interventions import Intervention

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from tl_persona.cli.arguments import build_parser
 from tl_persona.errors import InputError, ModelError, TLPersonaError
-from tl_persona.parser import build_parser
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # Other libraries' bars are for terminals; this is read when tqdm is imported, which importing torch does.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    command = import_module(f"tl_persona.commands.{arguments.command}")
+    command = import_module(f"tl_persona.cli.{arguments.command}")
     try:
         code: int = command.run(arguments)
         return code

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tl_persona.commands.arguments import read_dataset, read_template_kwargs
-from tl_persona.commands.model import load_for_backend, status_printer
+from tl_persona.cli.inputs import load_for_backend, read_dataset, read_template_kwargs, status_printer
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.data.personas import Persona, QAPair, system_prompt
 from tl_persona.data.shards import AUTO, looks_like_a_batch_script, parse_shard

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 from rich.console import Console
 
-from tl_persona.commands.arguments import read_dataset, read_template_kwargs
+from tl_persona.cli.inputs import read_dataset, read_template_kwargs
 from tl_persona.data.behaviors import load_pairs
 from tl_persona.data.contrast import ContrastPairDataset
 from tl_persona.data.jsonl import read_document

@@ -1,7 +1,4 @@
-"""The arguments of the `tl-persona` command and its subcommands, and nothing heavy.
-
-What a subcommand does with them is in `commands`.
-"""
+"""The arguments of `tl-persona` and its commands, and nothing heavy."""
 
 import argparse
 
