@@ -36,11 +36,6 @@ TO_COME = {"sweep", "space", "projection", "traits", "doctor", "cluster"}
 MODULES_TO_COME = {"doctor", "cluster"}
 """Those of them that will be a module, and not a subpackage."""
 
-TO_MOVE = {
-    "jobs": "extraction",
-}
-"""Modules that are still to move, and the places that they will lie in."""
-
 
 def name_of(path: Path, package: Path = PACKAGE) -> str:
     """A module's name within the package."""
@@ -56,7 +51,7 @@ def modules(package: Path = PACKAGE) -> Mapping[str, Path]:
 
 def place_of(module: str) -> str:
     """The place that a module is, or lies in."""
-    return TO_MOVE.get(module, module.partition(".")[0])
+    return module.partition(".")[0]
 
 
 def imports(path: Path) -> Iterator[str]:

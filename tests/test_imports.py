@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from places import PACKAGE, RANKS, TO_COME, circles, graph, imports, modules, place_of
+from places import MODULES_TO_COME, PACKAGE, RANKS, TO_COME, circles, graph, imports, modules, place_of
 
 MAY_IMPORT_A_BACKEND = {
     *("loading", "extraction", "caa", "steering", "generation", "projection"),
@@ -19,6 +19,12 @@ HEAVY = {
     *("torch", "transformers", "transformer_lens", "nnsight", "httpx", "tenacity"),
     *("sklearn", "pandas", "plotly", "gguf"),
 }
+
+WITHOUT_TORCH = (
+    *("checking", "store.folder", "store.header", "store.manifest", "store.manifest_files"),
+    *("cli.main", "data.behaviors", "data.dataset", "models.configs", "report"),
+)
+"""What is checked or asked before torch is loaded, or where there is none."""
 
 MODULES = modules()
 RANK = {place: rank for rank, places in enumerate(RANKS) for place in places}
@@ -47,10 +53,21 @@ def test_help_loads_nothing_heavy() -> None:
     assert _loaded_after(code).isdisjoint(HEAVY)
 
 
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_what_does_without_torch_loads_none(module: str) -> None:
+    assert "torch" not in _loaded_after(f"import tl_persona.{module}")
+
+
 def test_every_place_has_one_rank() -> None:
     found = {place_of(module) for module in MODULES} - {"__init__"}
     assert found == set(RANK) - TO_COME, "give a new place its rank in places.py, above everything it imports"
     assert len(RANK) == sum(map(len, RANKS))
+
+
+def test_the_top_of_the_package_stays_small() -> None:
+    modules_at_the_top = {module for module in MODULES if place_of(module) == module} - {"__init__", "__main__"}
+    modules_at_the_top -= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert len(modules_at_the_top | MODULES_TO_COME) <= 13
 
 
 @EVERY_MODULE

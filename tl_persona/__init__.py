@@ -1,20 +1,25 @@
 """Persona vectors and steering vectors through TransformerLens hook names.
 
-The flow, which is also the order of the modules:
+The flow, which is also the order of the rooms:
 
-    samples -> prompts + spans -> masks -> plan -> backend -> reducers -> vectors -> store
+    data -> prompts -> plan -> backends -> statistics -> vectors, store
 
-- `samples` and `contrast`: personas with their questions, and contrast pairs: plain records.
-- `prompts`: chats rendered by the tokenizer's own template, with proven spans of persona, question and answer.
-- `masks`: which tokens count, by strategy, as `Bool[Tensor, "batch pos"]`.
-- `hooks`: layers chosen by hook name.
-- `plan`: samples cut into batches; pure, no model.
+- `data`: personas with their questions, and contrast pairs: plain records.
+- `prompts`: chats rendered by the tokenizer's own template, with proven spans of persona, question and answer, and
+  masks by strategy: which tokens count, as `Bool[Tensor, "batch pos"]`.
+- `plan`: samples cut into passes; pure, no model.
+- `models`: what a model is, and layers chosen by hook name.
 - `backends`: a plan run on a hooked model; for each sample and mask the mean of every hook.
-- `reducers`, `statistics`, `directions`: means over samples, and how far to trust them.
+- `statistics`: means over samples, directions, and how far to trust them.
+- `steering`: activations edited, and projections read, while a model runs.
 - `vectors`, `store`: what is kept, with its provenance, as safetensors.
-- `extraction`, `caa`, `steering`, `generation`, `cli`: the recipes that join them.
+- `loading`, `extraction`, `caa`, `generation`, `checking`: the recipes that join them.
+- `report`, `cli`: what is kept shown on a page, and all of it from the command line.
 
-Importing this package loads neither torch nor TransformerLens; names are fetched when first used.
+Below them lie `errors`, `display`, `provenance`, `files`, `tensors` and `hub`, which most of the others use.
+
+Importing this package loads neither torch nor TransformerLens; names are fetched when first used. The names that it
+offers are those of its stub, `__init__.pyi`.
 """
 
 import lazy_loader

@@ -22,11 +22,11 @@ from .data.personas import BASELINE_PERSONA_ID as BASELINE_PERSONA_ID
 from .data.personas import Persona as Persona
 from .data.personas import QAPair as QAPair
 from .errors import TLPersonaError as TLPersonaError
+from .extraction import ExtractionResult as ExtractionResult
 from .extraction import extract_activations as extract_activations
 from .extraction import run_extraction as run_extraction
 from .generation import Generation as Generation
 from .generation import generate as generate
-from .jobs import ExtractionResult as ExtractionResult
 from .loading import load_model as load_model
 from .models.configs import get_model_config as get_model_config
 from .models.hooks import resolve_hooks as resolve_hooks

@@ -1,6 +1,6 @@
 """`load_model`: a model name in, a TransformerLens model with its tokenizer out.
 
-An outer recipe: it joins `checkpoints` (transformers) with the local backend's boot code (TransformerLens).
+A recipe: it joins the checkpoint, as transformers loads it, with the boot code of the local backend (TransformerLens).
 """
 
 from pathlib import Path

@@ -13,8 +13,7 @@ from tl_persona.data.dataset import PersonaDataset
 from tl_persona.data.personas import Persona, QAPair, system_prompt
 from tl_persona.data.shards import AUTO, looks_like_a_batch_script, parse_shard
 from tl_persona.errors import InputError, TLPersonaError
-from tl_persona.extraction import run_extraction
-from tl_persona.jobs import ExtractionResult
+from tl_persona.extraction import ExtractionResult, run_extraction
 from tl_persona.models.checkpoints import find_checkpoint
 from tl_persona.prompts.masks import MaskStrategy, as_strategies
 from tl_persona.store.store import PersonaVectorStore

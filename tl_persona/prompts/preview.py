@@ -7,7 +7,6 @@ terminal would not show, or would obey, are spelled out.
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-import torch
 from jaxtyping import Bool
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +14,6 @@ from rich.text import Text
 from torch import Tensor
 
 from tl_persona.errors import MaskError
-from tl_persona.models.facts import ModelFacts
-from tl_persona.plan.plan import Plan
 from tl_persona.prompts.inputs import MaskedPrompts
 from tl_persona.prompts.masks import MaskStrategy, build_mask
 from tl_persona.prompts.prompt import Change, ContentProof, Prompt
@@ -233,24 +230,6 @@ def _template_table(prompt: Prompt) -> Table:
 
 def _in_one_line(text: str) -> str:
     return _visible(text).replace("\n", "")
-
-
-def print_plan(plan: Plan, facts: ModelFacts, n_hooks: int, *, console: Console | None = None) -> None:
-    """Prints what a plan is predicted to cost: tokens given, computed and padded, and the largest pass's activations.
-
-    Args:
-        plan: From the backend that will run it; a shortcut that turns out not to be exact there costs more.
-        facts: Of the model.
-        n_hooks: How many hooks are read.
-        console: Where to print; None is standard output.
-    """
-    itemsize = getattr(torch, facts.dtype).itemsize
-    megabytes = plan.peak_bytes(n_hooks, facts.d_model, itemsize) / 1e6
-    (console or Console(highlight=False, markup=False)).print(
-        f"plan: {plan.tokens:,} tokens, of which {plan.tokens_distinct:,} are computed and "
-        f"{plan.tokens_run - plan.tokens_distinct:,} are padding, in {len(plan.passes)} passes ({plan.sharing} "
-        f"prefixes); activations of the largest pass: {megabytes:,.0f} MB"
-    )
 
 
 def _pick(
