@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --jaxtyping-packages=tl_persona,beartype.beartype
 # One needs llama.cpp, which test-llama compiles; the other is no test, and imports what is not installed. What needs a browser
 # or a server is in folders that pytest passes over.
-APART := --ignore=tests/test_llama_cpp.py --ignore=tests/mutants.py
+APART := --ignore=tests/vectors/test_llama_cpp.py --ignore=tests/tools
 READY := $(VENV)/.ready
 # Pairs of releases beside those of the environment, each a file in requirements/corners.
 CORNERS := oldest old-transformer-lens old-transformers transformers-5.23 transformers-5.23-old-transformer-lens
@@ -135,15 +135,15 @@ compatibility: $(READY)
 test-all: test test-browser test-llama test-ndif
 
 test-browser: $(READY)
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/report/browser
 
 test-llama: $(LLAMA)/.ready
-	TL_PERSONA_LLAMA=$(LLAMA) $(BIN)/python -m pytest tests/test_llama_cpp.py
+	TL_PERSONA_LLAMA=$(LLAMA) $(BIN)/python -m pytest tests/vectors/test_llama_cpp.py
 
 # One process: its tests share one server. On 3.x, where both classes are that the numbers are compared with.
 test-ndif: $(NDIF)/.ready $(OLD_TL)/.ready
 	$(call record,ndif) PYTHONPATH=$(OLD_TL) TL_PERSONA_NDIF=$(NDIF) \
-		$(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/ndif
+		$(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/backends/ndif
 
 test-heavy: $(READY)
 	TL_PERSONA_HEAVY=1 $(PYTEST) $(APART) -m heavy tests
@@ -152,7 +152,7 @@ test-fast:
 	@$(MAKE) --no-print-directory test SELECT="not slow"
 
 fuzz: $(FUZZ)/.ready
-	PYTHONPATH=$(FUZZ) $(BIN)/python tests/fuzz_atheris.py $(FUZZ_SECONDS)
+	PYTHONPATH=$(FUZZ) $(BIN)/python tests/tools/fuzz_atheris.py $(FUZZ_SECONDS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,6 +1,6 @@
 """Writes the tables of `compatibility.md` from what whole runs of the tests left: `make compatibility`.
 
-A run's result is a JSON file, which `tests/releases.py` writes. Given a folder of them, this script takes each
+A run's result is a JSON file, which `tests/support/releases.py` writes. Given a folder of them, this script takes each
 into `compatibility.json`, in the place of an older result of the same run. A test compares the page with that file.
 """
 
