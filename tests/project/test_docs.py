@@ -30,14 +30,14 @@ def test_a_wrong_example_would_be_noticed() -> None:
 
 
 def test_the_compatibility_page_says_what_the_runs_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
     from compatibility import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page(), "run: make compatibility"
 
 
 def test_the_command_line_page_says_what_the_parser_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
     from command_line import PAGE, page
 
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python docs/command_line.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python docs/site/command_line.py"

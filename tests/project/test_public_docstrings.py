@@ -24,17 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SHOWN_ON_A_PAGE = {
     "load_model": "README.md",
-    "extract_activations": "docs/hooks.md",
+    "extract_activations": "docs/concepts/hooks.md",
     "run_extraction": "README.md",
     "extract_caa_vector": "README.md",
-    "extract_caa_vectors": "docs/steering-vectors.md",
-    "attach": "docs/steering.md",
+    "extract_caa_vectors": "docs/concepts/steering-vectors.md",
+    "attach": "docs/concepts/steering.md",
     "generate": "README.md",
-    "monitor": "docs/steering.md",
-    "prepare_inputs": "docs/masks.md",
-    "PreparedInput": "docs/masks.md",
+    "monitor": "docs/concepts/steering.md",
+    "prepare_inputs": "docs/concepts/masks.md",
+    "PreparedInput": "docs/concepts/masks.md",
     "ExtractionResult": "docs/how-to/from-persona-vectors.md",
-    "project_text": "docs/report.md",
+    "project_text": "docs/how-to/look-at-vectors.md",
     "verify": "docs/how-to/own-personas.md",
 }
 """What needs a model or a tokenizer to be shown: no docstring builds one. The page runs in the tests."""

@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from places import RANKS, TO_COME
 
 import tl_persona
 
@@ -96,3 +98,14 @@ def test_the_api_page_documents_every_public_class_and_function(site: Path) -> N
 def test_no_hidden_test_code_is_shown(site: Path) -> None:
     pages = [page.read_text(encoding="utf-8") for page in site.rglob("*.html")]
     assert not [page for page in pages if "build_tiny" in re.sub("<[^>]+>", "", page)]
+
+
+def test_the_drawing_of_the_architecture_has_the_places_by_their_ranks() -> None:
+    drawing = ET.parse(ROOT / "docs" / "contributing" / "architecture.svg")
+    texts = [
+        text.text or "" for text in drawing.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "places"
+    ]
+    ranks = [[place for place in places if place not in TO_COME] for places in RANKS]
+    assert [text.split() for text in texts] == [places for places in ranks if places], (
+        "docs/contributing/architecture.svg: add a new place's name to the line of its rank"
+    )

@@ -39,7 +39,7 @@ def installed() -> dict[str, str]:
 
 
 def leave_result(file: Path, marked: str, stats: Mapping[str, list[Any]]) -> None:
-    """Write which tests ran, what pytest counted, and with which releases, for docs/compatibility.py."""
+    """Write which tests ran, what pytest counted, and with which releases, for docs/site/compatibility.py."""
     counts = {name: len(stats.get(name, [])) for name in ("passed", "failed", "error", "skipped")}
     result = {"date": time.strftime("%Y-%m-%d"), "marked": marked, **counts, "releases": installed()}
     file.parent.mkdir(parents=True, exist_ok=True)

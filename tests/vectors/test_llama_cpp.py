@@ -33,7 +33,7 @@ EXPORTED = (1, 2, 9, 16, 23, 28, 29)
 COMPARED = sorted({near for layer in EXPORTED for near in (layer - 1, layer, layer + 1)} - {N_LAYERS})
 """With their neighbours."""
 LENGTH = 20.0
-"""About what a vector of SmolLM2's middle layers has: see the table in docs/steering-vectors.md."""
+"""About what a vector of SmolLM2's middle layers has: see the table in docs/concepts/steering-vectors.md."""
 
 
 def a_vector(layer: int, seed: int) -> SteeringVector:

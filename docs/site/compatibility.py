@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent
+DOCS = Path(__file__).resolve().parents[1] / "reference"
 PAGE, RESULTS = DOCS / "compatibility.md", DOCS / "compatibility.json"
 
 RUNS = {

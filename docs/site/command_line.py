@@ -1,6 +1,6 @@
-"""Writes docs/reference/command-line.md from the parser itself: `python docs/command_line.py`. A test compares the two.
+"""Writes docs/reference/command-line.md from the parser itself: `python docs/site/command_line.py`.
 
-Not `--help` as it is printed, since its line breaks differ between Python versions.
+A test compares the two. Not `--help` as it is printed, since its line breaks differ between Python versions.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tl_persona.cli.arguments import build_parser
 
-PAGE = Path(__file__).resolve().parent / "reference" / "command-line.md"
+PAGE = Path(__file__).resolve().parents[1] / "reference" / "command-line.md"
 
 BEGINNING = """# Command line
 
@@ -19,7 +19,7 @@ BEGINNING = """# Command line
 Exit codes: 0 done; 1 something failed while running (with `--skip-failed`, some persona; for `show`, a checksum); 2 bad
 arguments or input; 130 interrupted. Results go to standard output, progress and errors to standard error.
 
-<!-- Written by docs/command_line.py: change the parser in tl_persona/cli/arguments.py, then run it again. -->
+<!-- Written by docs/site/command_line.py: change the parser in tl_persona/cli/arguments.py, then run it again. -->
 """
 
 
