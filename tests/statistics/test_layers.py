@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -99,6 +99,7 @@ def test_separation_equals_the_naive_leave_one_out_definition(seed: int, n_pairs
 
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.integers(4, 14), st.integers(2, 6))
+@example(3401, 5, 4)  # a resample of one pair over and over, whose spread is rounding
 def test_inner_products_give_what_fitting_every_fold_gives(seed: int, n_pairs: int, folds: int) -> None:
     pos, neg = noisy_pairs(seed, n_pairs)
     fast = held_out_separation(pos, neg, folds=folds, seed=seed)

@@ -339,7 +339,10 @@ def from_json(data: Any, source: str) -> ContrastPairDataset:
     """
     if not isinstance(data, dict) or not isinstance(data.get("pairs"), list):
         raise InputError(f"{source}: expected an object with 'behavior' and a list 'pairs'")
+    behavior = data.get("behavior", "")
+    if not isinstance(behavior, str):
+        raise InputError(f"{source}: behavior is {reprlib.repr(behavior)}; name what the positive side shows")
     try:
-        return ContrastPairDataset(data.get("behavior", ""), data["pairs"], str(data.get("description", "")))
+        return ContrastPairDataset(behavior, data["pairs"], str(data.get("description", "")))
     except InputError as error:
         raise InputError(f"{source}: {error}") from error

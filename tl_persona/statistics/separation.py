@@ -196,7 +196,8 @@ def separation_of(
     variances = (counts @ sides.square() / n_pairs - means.square()) * n_pairs / (n_pairs - 1)
     spreads = (variances.sum(dim=1) / 2).clamp(min=0).sqrt()
     distances = means[:, 0] - means[:, 1]
-    d_primes = (distances / spreads)[spreads > NO_SPREAD * distances.abs()]
+    several = (counts > 0).sum(dim=1) > 1  # one pair over and over has no spread, and rounding would give it one
+    d_primes = (distances / spreads)[several & (spreads > NO_SPREAD * distances.abs())]
     found = d_prime(positive, negative)
     low, high = _interval(aucs)
     d_low, d_high = _interval(d_primes) if found is not None and len(d_primes) else (None, None)
