@@ -32,7 +32,7 @@ APART := --ignore=tests/vectors/test_llama_cpp.py --ignore=tests/tools
 READY := $(VENV)/.ready
 # Pairs of releases beside those of the environment, each a file in requirements/corners.
 CORNERS := oldest old-transformer-lens old-transformers transformers-5.23 transformers-5.23-old-transformer-lens
-OLD_TL := $(abspath $(VENV)/corners/old-transformer-lens)
+OLD_TL := $(VENV)/corners/old-transformer-lens
 UNPINNED := $(VENV)/newest-unpinned
 # What whole runs leave for `make compatibility`; a run that SELECT narrows leaves nothing.
 RESULTS ?= $(VENV)/results
@@ -142,7 +142,7 @@ test-llama: $(LLAMA)/.ready
 
 # One process: its tests share one server. On 3.x, where both classes are that the numbers are compared with.
 test-ndif: $(NDIF)/.ready $(OLD_TL)/.ready
-	$(call record,ndif) PYTHONPATH=$(OLD_TL) TL_PERSONA_NDIF=$(NDIF) \
+	$(call record,ndif) PYTHONPATH=$(abspath $(OLD_TL)) TL_PERSONA_NDIF=$(NDIF) \
 		$(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/backends/ndif
 
 test-heavy: $(READY)
@@ -169,7 +169,7 @@ format: $(READY)
 # Everything on the newest release; on the oldest, what only it has, the HookedTransformer.
 bench: $(PEERS)/.ready $(OLD_TL)/.ready
 	TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest benchmarks -s
-	PYTHONPATH=$(OLD_TL) TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) \
+	PYTHONPATH=$(abspath $(OLD_TL)) TL_PERSONA_PEERS=$(PEERS) OMP_NUM_THREADS=$$(nproc) \
 		$(BIN)/python -m pytest benchmarks/bench_persona.py -k hooked -s
 
 # Each benchmark once: that it runs, and that everybody's numbers agree. The time of one run is no figure.
