@@ -1,7 +1,7 @@
-"""Writes the tables of docs/compatibility.md from what whole runs of the tests left: `make compatibility`.
+"""Writes the tables of `compatibility.md` from what whole runs of the tests left: `make compatibility`.
 
-A run's result is a JSON file (tests/releases.py writes it). Given a folder of them, this script first takes each into
-docs/compatibility.json, in the place of an older result of the same run. A test compares the page with that file.
+A run's result is a JSON file, which `tests/releases.py` writes. Given a folder of them, this script takes each
+into `compatibility.json`, in the place of an older result of the same run. A test compares the page with that file.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Which releases a run had, and what came of it: `make` asks whole runs to leave that for docs/compatibility.md."""
+"""Which releases a run had, and what came of it: `make` asks whole runs to leave that for the compatibility page."""
 
 import json
 import platform
