@@ -7,7 +7,7 @@
 #   make test-browser  reports in headless Chromium (Debian's chromium and chromium-driver)
 #   make test-llama    control vectors in llama.cpp, which it compiles first: minutes
 #   make test-ndif     the remote path on NDIF's real server on this machine (Debian's redis-server)
-#   make test-releases  the suite on every pair of releases in docs/compatibility.md, which it then writes again
+#   make test-releases  the suite on every pair of releases in docs/reference/compatibility.md, which it then writes again
 #   make test-newest-unpinned  the suite on the newest of everything beside torch 2.13.0; it tells, and fails nothing
 #   make test-heavy  tests that take minutes each
 #   make nightly    what CI has no time for: the other releases, heavy tests, long fuzzing, benchmarks once; an hour or two
@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --jaxtyping-packages=tl_persona,beartype.beartype
 # One needs llama.cpp, which test-llama compiles; the other is no test, and imports what is not installed. What needs a browser
 # or a server is in folders that pytest passes over.
-APART := --ignore=tests/test_llama_cpp.py --ignore=tests/mutants.py
+APART := --ignore=tests/vectors/test_llama_cpp.py --ignore=tests/tools
 READY := $(VENV)/.ready
 # Pairs of releases beside those of the environment, each a file in requirements/corners.
 CORNERS := oldest old-transformer-lens old-transformers transformers-5.23 transformers-5.23-old-transformer-lens
@@ -122,7 +122,7 @@ test-releases:
 	@$(MAKE) --no-print-directory --keep-going test-newest $(CORNERS:%=test-%); status=$$?; \
 	$(MAKE) --no-print-directory compatibility; exit $$status
 
-# What pip takes today, in an environment made anew. Whatever comes of it stops nothing and stands in docs/compatibility.md.
+# What pip takes today, in an environment made anew. Whatever comes of it stops nothing and stands in docs/reference/compatibility.md.
 test-newest-unpinned:
 	@rm -rf $(UNPINNED)
 	@$(MAKE) --no-print-directory test-newest VENV=$(UNPINNED) PINS=requirements/newest-unpinned.txt RESULTS=$(RESULTS) \
@@ -130,20 +130,20 @@ test-newest-unpinned:
 	@$(MAKE) --no-print-directory compatibility
 
 compatibility: $(READY)
-	$(BIN)/python docs/compatibility.py $(RESULTS)
+	$(BIN)/python docs/site/compatibility.py $(RESULTS)
 
 test-all: test test-browser test-llama test-ndif
 
 test-browser: $(READY)
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/report/browser
 
 test-llama: $(LLAMA)/.ready
-	TL_PERSONA_LLAMA=$(LLAMA) $(BIN)/python -m pytest tests/test_llama_cpp.py
+	TL_PERSONA_LLAMA=$(LLAMA) $(BIN)/python -m pytest tests/vectors/test_llama_cpp.py
 
 # One process: its tests share one server. On 3.x, where both classes are that the numbers are compared with.
 test-ndif: $(NDIF)/.ready $(OLD_TL)/.ready
 	$(call record,ndif) PYTHONPATH=$(OLD_TL) TL_PERSONA_NDIF=$(NDIF) \
-		$(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/ndif
+		$(BIN)/python -m pytest --jaxtyping-packages=tl_persona,beartype.beartype tests/backends/ndif
 
 test-heavy: $(READY)
 	TL_PERSONA_HEAVY=1 $(PYTEST) $(APART) -m heavy tests
@@ -152,7 +152,7 @@ test-fast:
 	@$(MAKE) --no-print-directory test SELECT="not slow"
 
 fuzz: $(FUZZ)/.ready
-	PYTHONPATH=$(FUZZ) $(BIN)/python tests/fuzz_atheris.py $(FUZZ_SECONDS)
+	PYTHONPATH=$(FUZZ) $(BIN)/python tests/tools/fuzz_atheris.py $(FUZZ_SECONDS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

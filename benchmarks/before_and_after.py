@@ -18,7 +18,7 @@ import torch
 from peer import Worker
 from persona_samples import long_persona_inputs
 
-from tl_persona.checkpoints import find_checkpoint, load_tokenizer
+from tl_persona.models.checkpoints import find_checkpoint, load_tokenizer
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from peer import Worker
 from runs import assert_all_took_the_shortcuts, watched_runs
 
 from tl_persona import extract_caa_vectors, load_model, load_pairs
-from tl_persona.checkpoints import find_checkpoint, load_hf_model
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model
 
 N_PAIRS = 16
 ROUNDS = 3

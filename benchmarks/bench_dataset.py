@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from peer import PEERS
 
-from tl_persona.samples import PersonaDataset
+from tl_persona.data.dataset import PersonaDataset
 
 sys.path.append(str(PEERS))  # last, so that none of our own packages is shadowed
 

@@ -16,7 +16,7 @@ from oracle import mean_activations, relative_error
 from peer import Worker
 from persona_samples import long_persona_inputs
 
-from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 
 FEW = 24
 CASES: dict[str, dict[str, Any]] = {

@@ -19,8 +19,8 @@ from persona_samples import PersonaInputs, long_persona_inputs
 from runs import assert_all_took_the_shortcuts, watched_runs
 
 from tl_persona import extract_activations, load_model
-from tl_persona.checkpoints import find_checkpoint, load_hf_model
 from tl_persona.loading import ModelKind
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model
 
 CASES: list[tuple[int | None, int]] = [(100, 24), (None, 24)]
 """Tokens of the persona's description, None for all of it, and questions."""

@@ -19,9 +19,9 @@ from persona_samples import long_persona, questions_to_it
 from runs import assert_all_took_the_shortcuts, watched_runs
 
 from tl_persona import MaskStrategy, PersonaVectorStore, load_model, run_extraction
-from tl_persona.checkpoints import find_checkpoint, load_hf_model
-from tl_persona.prepared import MaskedPrompts, persona_prompts
-from tl_persona.records import system_prompt
+from tl_persona.data.personas import system_prompt
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model
+from tl_persona.prompts.inputs import MaskedPrompts, persona_prompts
 
 QUESTIONS = 24
 ALLOWED = 1.2

@@ -35,7 +35,7 @@ class Worker:
         if needs is not None and not (PEERS / needs).is_dir():
             pytest.skip(f"{needs} is not installed in {PEERS}: run `make bench`")
         self._script = Path(__file__).parent / "workers" / script
-        self._path = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks")]
+        self._path = [str(folder) for folder in (ROOT, ROOT / "tests" / "support", ROOT / "benchmarks")]
         if needs is not None:
             self._path.append(str(PEERS))
 

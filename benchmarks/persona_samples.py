@@ -8,10 +8,10 @@ import msgspec
 from torch import Tensor
 
 from tl_persona import MaskStrategy, Persona, PersonaDataset, QAPair
-from tl_persona.masks import SpanBatch, build_masks
-from tl_persona.prepared import persona_prompts
-from tl_persona.prompts import Prompt
-from tl_persona.records import system_prompt
+from tl_persona.data.personas import system_prompt
+from tl_persona.prompts.inputs import persona_prompts
+from tl_persona.prompts.masks import SpanBatch, build_masks
+from tl_persona.prompts.prompt import Prompt
 
 PERSONA = "mara_okonkwo"
 

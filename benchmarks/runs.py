@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from tl_persona.backends import Pooled
-from tl_persona.backends.local import LocalBackend
+from tl_persona.backends.local.backend import LocalBackend
 from tl_persona.plan import Plan
 
 SHORTCUTS = {

@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ import releases
 # A slow or busy machine is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
-
-HAS_HOOKED_TRANSFORMER = importlib.metadata.version("transformer-lens").startswith("3.")
 
 
 def pytest_report_header() -> str:
@@ -54,6 +51,8 @@ def same_surroundings() -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a `HookedTransformer` where TransformerLens has none, and what is heavy unless asked for."""
+    from kinds import HAS_HOOKED_TRANSFORMER
+
     kept, left_out = [], []
     for item in items:
         if item.get_closest_marker("hooked"):
@@ -137,11 +136,27 @@ def tiny_hooked(tiny_model: Callable[[str], Path]) -> Callable[[str, str], Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_hf(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Give the plain Hugging Face model of a family, loaded at first use; leave it as you found it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded: dict[str, Any] = {}
+
+    def model_of(family: str) -> Any:
+        if family not in loaded:
+            loaded[family] = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32).eval()
+        return loaded[family]
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Iterator[tuple[Any, Any]]:
     """The real model's weights and tokenizer, read from the file once; the processors are shared out among workers."""
     import torch
 
-    from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+    from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 
     threads = torch.get_num_threads()
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -186,4 +201,23 @@ def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **_options: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("tl_persona.commands.model.load_model", fail)
+    monkeypatch.setattr("tl_persona.cli.inputs.load_model", fail)
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefixes of a few tokens are worth a pass, and rows hold a few texts."""
+    monkeypatch.setattr("tl_persona.plan.plan.MIN_SHARED", 4)
+    monkeypatch.setattr("tl_persona.plan.rows.WORTH_CACHING", 8)
+    monkeypatch.setattr("tl_persona.plan.rows.PACKED_ROW_TOKENS", 40)
+    monkeypatch.setattr("tl_persona.plan.rows.CACHED_ROWS", 3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    """An empty store of the tiny model of `stores`."""
+    from stores import MODEL
+
+    from tl_persona.store import PersonaVectorStore
+
+    return PersonaVectorStore(MODEL, tmp_path / "root")

@@ -2,7 +2,7 @@
 
 import sys
 
-from tl_persona.cli import main
+from tl_persona.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

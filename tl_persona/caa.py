@@ -11,17 +11,19 @@ from typing import Any
 
 import msgspec
 
-from tl_persona.backends import Backend, OnStatus, open_backend
-from tl_persona.contrast import ContrastPairDataset, as_pairs
-from tl_persona.directions import Direction, mean_difference
+from tl_persona.backends.base import Backend, OnStatus
+from tl_persona.backends.choice import open_backend
+from tl_persona.data.contrast import ContrastPairDataset, as_pairs
+from tl_persona.display import token_progress
 from tl_persona.errors import HookError
-from tl_persona.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
-from tl_persona.positions import ContrastTexts, TokenPosition, contrast_texts
-from tl_persona.progress import token_progress
+from tl_persona.models.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
+from tl_persona.prompts.inputs import ContrastTexts, TokenPosition, contrast_texts
 from tl_persona.provenance import Provenance, software_versions, text_digest
-from tl_persona.spool import ActivationSpool
-from tl_persona.statistics import layer_statistics
-from tl_persona.vectors import SteeringVector, SteeringVectorSet
+from tl_persona.statistics.directions import Direction, mean_difference
+from tl_persona.statistics.layers import layer_statistics
+from tl_persona.statistics.means import ActivationSpool
+from tl_persona.vectors.vector import SteeringVector
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 METHOD_NAMES = {"mean_difference": "caa", "pca_direction": "pca", "logistic_direction": "logistic"}
 """`extraction_method` of the bundled directions; another function's own name is taken as it is."""
@@ -90,7 +92,7 @@ def extract_caa_vectors(
         tokenizer: None takes the model's own.
         contrast_pairs: A `ContrastPairDataset`, or a list of `{"positive", "negative"}` or of records with these
             attributes; each side is raw text or chat messages.
-        layer_indices: Which layers (see `hooks.resolve_hooks`); None is the output of every block.
+        layer_indices: Which layers (see `models.hooks.resolve_hooks`); None is the output of every block.
         token_position: `"last"`, `"first"`, `"mean"` or an index: over the whole of a raw text, within the answer of a
             chat; or, for chats, a mask strategy.
         show_progress: Shows a bar on a terminal.

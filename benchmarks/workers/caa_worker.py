@@ -7,7 +7,7 @@ import numpy
 import torch
 from serve import serve
 
-from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 
 numpy.float_ = numpy.float64  # type: ignore[attr-defined]  # repeng 0.4 is written for NumPy 1
 

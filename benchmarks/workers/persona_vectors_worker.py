@@ -8,7 +8,7 @@ from nnterp import StandardizedTransformer
 from persona_vectors.activations import extract_activations
 from serve import serve
 
-from tl_persona.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
+from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
 
 checkpoint = find_checkpoint("smollm2")
 hf_model = load_hf_model(checkpoint, dtype=torch.float32)

@@ -1,124 +1,14 @@
-"""Running a plan: what every backend offers, and the choice between them.
+"""Running a plan: for each sample and mask the mean of every hook.
 
-A backend takes a plan and hook names and gives, for each sample, the mean of every hook over the tokens of every
-mask. It declines to know what the samples mean: personas and contrast pairs look the same from here.
+- `base`: what every backend offers.
+- `shortcuts`: where a plan computes something otherwise, and how far the two may lie apart.
+- `local`: this machine, through TransformerLens.
+- `remote`: an NDIF server, through nnsight.
+- `choice`: which of them runs a model.
+
+Declined: what the samples mean. Personas and contrast pairs look the same from here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import lazy_loader
 
-import torch
-
-from tl_persona.errors import MissingDependencyError
-from tl_persona.models import ModelFacts
-from tl_persona.plan import Plan, Sample
-from tl_persona.tensors import PooledMeans, SlotSums
-
-JOURNAL_FOLDER = ".remote"
-"""Below the root of a store, where a remote run keeps what it needs to continue after it was killed."""
-
-OnStatus = Callable[[str, str, str], None]
-"""Called with job id, status and description; the job id of local work is `local`."""
-
-
-class Pooled(NamedTuple):
-    """The pooled activations of one sample: its index in the plan, and means of shape (mask, hook, d_model)."""
-
-    sample: int
-    means: PooledMeans
-
-
-class Totals(NamedTuple):
-    """Sums over some samples: their indices in the plan, and for every slot the sum of the means added to it."""
-
-    samples: tuple[int, ...]
-    sums: SlotSums
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """Something that can plan samples and run the plan.
-
-    `plan` checks the samples and lays them out for what the model is capable of, without running it. `pool` yields
-    each sample once, in any order, as soon as it is done; what it keeps does not grow with the number of samples.
-    `total` adds the mean of every mask of every sample to the slot named for it (`slots[sample][mask]`) and yields
-    sums over a few samples at a time, so that little comes back from a server. `notes` tells how the last plan ran,
-    for provenance. `saved` is called once the results are: what was kept to continue a killed run is dropped.
-    """
-
-    @property
-    def facts(self) -> ModelFacts: ...
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    @property
-    def notes(self) -> dict[str, Any]: ...
-
-    def plan(
-        self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None
-    ) -> Plan: ...
-
-    def pool(self, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]: ...
-
-    def total(
-        self, plan: Plan, hook_names: Sequence[str], slots: Sequence[Sequence[int]], n_slots: int
-    ) -> Iterator[Totals]: ...
-
-    def saved(self) -> None: ...
-
-
-def totals_of(pooled: Iterable[Pooled], slots: Sequence[Sequence[int]], n_slots: int) -> Iterator[Totals]:
-    """Samples one by one as totals, for a backend that has each of them at hand."""
-    for sample, means in pooled:
-        sums = torch.zeros((n_slots, *means.shape[1:]), dtype=means.dtype)
-        yield Totals((sample,), sums.index_add_(0, torch.tensor(slots[sample]), means))
-
-
-def open_backend(
-    model: Any,
-    *,
-    tokenizer: Any = None,
-    remote: bool = False,
-    on_status: OnStatus | None = None,
-    journal: Path | None = None,
-) -> Backend:
-    """The backend that runs this model.
-
-    Args:
-        model: A `HookedTransformer`, a `TransformerBridge`, or a Hugging Face causal language model, which is wrapped
-            without being changed; what `load_model(name, kind="remote")` returns, or, with `remote=True`, a name; or
-            an nnsight model with weights, which runs in this process.
-        tokenizer: Used in place of the model's own.
-        remote: True to run on NDIF.
-        on_status: Told how remote jobs are.
-        journal: Folder in which a remote run keeps what it needs to continue after it was killed.
-
-    Raises:
-        InputError: The model is none of these.
-        MissingDependencyError: A remote model without the packages for it.
-        RemoteError: The server does not answer, or will not run the model.
-    """
-    # By module, so that nnsight is not imported where nobody has: its objects come with it.
-    modules = {kind.__module__ for kind in type(model).__mro__}
-    if remote or any(module.startswith(("nnsight.", "tl_persona.backends.remote.")) for module in modules):
-        require_remote()
-        from tl_persona.backends.remote import RemoteBackend
-
-        return RemoteBackend(model, tokenizer=tokenizer, remote=remote, on_status=on_status, journal=journal)
-    from tl_persona.backends.local import LocalBackend
-
-    return LocalBackend(model, tokenizer=tokenizer)
-
-
-def require_remote() -> None:
-    """Checks that the packages for remote runs are there.
-
-    Raises:
-        MissingDependencyError: One is missing; the message has the install command.
-    """
-    missing = [name for name in ("nnsight", "httpx", "tenacity", "zstandard") if find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(f'remote runs need {", ".join(missing)}: pip install "tl-persona[remote]"')
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,20 +1,92 @@
-"""What the page's script draws: figures and numbers of each collection, small enough to be written into the page."""
+"""What the page's script draws: figures and numbers of each collection, small enough to be written into the page.
 
+Cosines are the one thing in a report that grows with the square of the personas. They are stored as 16-bit numbers, one
+for each pair, to 0.00003; where there are more than a browser opens gladly, layers are left out first, evenly, then
+personas.
+"""
+
+import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.report.attributes import colourings
 from tl_persona.report.geometry import cosines, principal_map, without_mean
-from tl_persona.report.heatmap import heatmap_layout, heatmap_trace
-from tl_persona.report.maps import map_layout, map_traces
-from tl_persona.report.norms import norms_figure
+from tl_persona.report.personas import heatmap_layout, heatmap_trace, map_layout, map_traces, norms_figure
 from tl_persona.report.style import distinct, labels_of
 from tl_persona.report.survey import Collection
-from tl_persona.report.thinning import Thinned, packed, thinned
+
+MAX_PAIRS = 2_000_000
+"""Cosines a page may hold: 2 bytes each, a third more as text, so some 5 MB beside plotly's own 5 MB."""
+FEWEST_LAYERS = 6
+MOST_PERSONAS = 300
+"""Rows and columns that a heatmap of a laptop's size has pixels for."""
+NONE = -32768
+STEPS = 32767
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """What a heatmap shows.
+
+    Attributes:
+        personas: Positions of the personas, ascending.
+        layers: Positions of the layers, ascending.
+    """
+
+    personas: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+def thinned(n_personas: int, n_layers: int, matrices: int) -> Thinned:
+    """Which personas and layers fit a page, both evenly spread, first and last among them.
+
+    Args:
+        n_personas: How many there are.
+        n_layers: Likewise.
+        matrices: How many heatmaps a layer the whole page has: one for each collection, and for each of its kinds.
+
+    Example:
+        >>> thinned(9, 30, 4) == Thinned(tuple(range(9)), tuple(range(30)))
+        True
+        >>> found = thinned(500, 30, 2)
+        >>> len(found.personas), len(found.layers), found.layers[0], found.layers[-1]
+        (300, 22, 0, 29)
+    """
+    share = MAX_PAIRS // max(1, matrices)
+    personas = min(n_personas, MOST_PERSONAS)
+    layers = min(n_layers, max(min(FEWEST_LAYERS, n_layers), share // max(1, pairs_of(personas))))
+    while personas > 2 and layers * pairs_of(personas) > share:
+        personas -= 1
+    return Thinned(_spread(n_personas, personas), _spread(n_layers, layers))
+
+
+def pairs_of(n_personas: int) -> int:
+    """Pairs of different personas."""
+    return n_personas * (n_personas - 1) // 2
+
+
+def packed(similarity: Float[Tensor, "persona persona"]) -> str:
+    """The part above the diagonal, row by row, as base64 of little-endian 16-bit numbers; `NONE` where it is NaN."""
+    rows, columns = torch.triu_indices(len(similarity), len(similarity), offset=1)
+    steps = (similarity[rows, columns] * STEPS).round().nan_to_num(nan=NONE)
+    return base64.b64encode(steps.numpy().astype(np.dtype("<i2")).tobytes()).decode("ascii")
+
+
+def _spread(count: int, kept: int) -> tuple[int, ...]:
+    if kept >= count:
+        return tuple(range(count))
+    if kept == 1:
+        return (0,)
+    return tuple(math.floor(i * (count - 1) / (kept - 1) + 0.5) for i in range(kept))
+
 
 Attributes = Mapping[str, Mapping[str, Any]]
 """By persona id what is known of her."""
@@ -31,7 +103,7 @@ def collection_data(collection: Collection, attributes: Attributes, matrices: in
     Args:
         collection: Which.
         attributes: Of its personas, as far as they are known.
-        matrices: See `thinning.thinned`.
+        matrices: See `report.data.thinned`.
 
     Raises:
         StoreError: A file cannot be read or trusted.

@@ -1,6 +1,6 @@
 """The numbers behind the pictures of persona vectors: cosines, what is left without the mean persona, two components.
 
-All in float64. Drawing is `figures`' work.
+All in float64.
 """
 
 import torch

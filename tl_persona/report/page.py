@@ -1,27 +1,92 @@
 """The report as one HTML page that needs no network: markup, style, script, data and plotly itself in one file.
 
 A content security policy allows the page's own two scripts, by their digests, and no request at all. Everything that
-comes from data is escaped or set as text. What is drawn is decided in `data`, how it behaves in `page.js`.
+comes from data is escaped or set as text. The page's foot says what the vectors were computed from, as their files
+record it.
 """
 
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tl_persona import __version__
 from tl_persona.errors import InputError
 from tl_persona.files import make_folder, write_atomically
-from tl_persona.report.data import Attributes, collection_data, figure_data, matrices_of
-from tl_persona.report.profile import best_of, layer_profile_figure
-from tl_persona.report.provenance import provenance_parts
+from tl_persona.provenance import Provenance
+from tl_persona.report.data import NONE, STEPS, Attributes, collection_data, figure_data, matrices_of
+from tl_persona.report.layers import best_of, layer_profile_figure
 from tl_persona.report.style import graph_objects
 from tl_persona.report.survey import Collection, Survey, survey
-from tl_persona.report.thinning import NONE, STEPS
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.vectors.vector_set import SteeringVectorSet
+
+_NOT_RECORDED = "not recorded"
+
+
+def provenance_parts(found: Survey) -> list[str]:
+    """The page's footer, in HTML."""
+    rows = []
+    for each in found.collections:
+        recorded = [each.provenance(persona_id) for persona_id in each.persona_ids]
+        rows += _rows(f"{each.model} · {each.strategy} · {each.variant}", "persona", recorded)
+    for folder, vectors in found.sets:
+        what = vectors.behavior if folder == "." else f"{vectors.behavior} ({folder})"
+        rows += _rows(what, "layer", [vector.provenance for vector in vectors])
+    headings = ("vectors", "how many", "model", "revision", "dtype", "weights", "tokens", "hooks")
+    head = "".join(f"<th scope='col'>{heading}</th>" for heading in headings)
+    lines = "".join(
+        f"<tr><th scope='row'>{escape(what)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        f"<tr><td colspan='{len(headings)}' class='dim'>{escape(notes)}</td></tr>"
+        for what, *cells, notes in rows
+    )
+    return [
+        "<footer><h2 id='provenance'>Where the numbers come from</h2>",
+        "<div class='scroll' tabindex='0' role='region' aria-labelledby='provenance'><table>",
+        "<caption>What the files record of their own making; rows that differ in anything are apart</caption>",
+        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>",
+        f"<p class='dim'>Written by tl_persona {escape(__version__)}. This page holds everything it shows and asks the "
+        "network for nothing. Figures are drawn by plotly.js (MIT licence).</p></footer>",
+    ]
+
+
+def _rows(what: str, unit: str, recorded: Sequence[Provenance | None]) -> list[tuple[str, ...]]:
+    """One row for all that were made alike, whatever their hooks and texts."""
+    hooks: dict[tuple[str, ...], list[str]] = {}
+    counts: Counter[tuple[str, ...]] = Counter()
+    for one in recorded:
+        facts = _facts(one)
+        counts[facts] += 1
+        hooks.setdefault(facts, []).extend(() if one is None else one.hook_names)
+    return [
+        (what, f"{count:,} {unit}{'' if count == 1 else 's'}", *facts[:-1], _range(hooks[facts]), facts[-1])
+        for facts, count in counts.most_common()
+    ]
+
+
+def _facts(recorded: Provenance | None) -> tuple[str, ...]:
+    if recorded is None:
+        return (_NOT_RECORDED,) * 5 + ("",)
+    return (
+        recorded.model_name,
+        recorded.revision or _NOT_RECORDED,
+        recorded.dtype,
+        recorded.weights,
+        recorded.strategy,
+        ", ".join(f"{key} {value}" for key, value in recorded.notes.items()),
+    )
+
+
+def _range(hooks: Sequence[str]) -> str:
+    names = list(dict.fromkeys(hooks))
+    if not names:
+        return _NOT_RECORDED
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
 
 _HERE = Path(__file__).parent
 

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_persona.artifact_header import SUFFIX
+from tl_persona.data.personas import BASELINE_PERSONA_ID
 from tl_persona.errors import NotStoredError, StoreError
 from tl_persona.files import reason
 from tl_persona.provenance import Provenance
-from tl_persona.samples import BASELINE_PERSONA_ID
-from tl_persona.store import PersonaVectorStore
-from tl_persona.vectors import SteeringVectorSet
+from tl_persona.store.header import SUFFIX
+from tl_persona.store.store import PersonaVectorStore
+from tl_persona.vectors.vector_set import SteeringVectorSet
 
 SET_FILE = "metadata.json"
 _SET_DEPTH = 3

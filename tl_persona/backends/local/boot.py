@@ -21,7 +21,7 @@ from tl_persona.backends.local.installs import install_advice, no_processes
 from tl_persona.backends.local.observers import hooks_of
 from tl_persona.backends.local.trial import mend
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
-from tl_persona.models import HookedModel, ModelFacts, source_of
+from tl_persona.models.facts import HookedModel, ModelFacts, source_of
 
 _ADOPTED: "WeakKeyDictionary[Any, tuple[frozenset[Any], HookedModel]]" = WeakKeyDictionary()
 

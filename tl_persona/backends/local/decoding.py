@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_persona.backends.local.trial import trial_of
-from tl_persona.models import HookedModel
+from tl_persona.models.facts import HookedModel
 
 
 def continue_greedily(

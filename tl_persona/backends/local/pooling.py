@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_persona.backends import Pooled
-from tl_persona.backends.local.passes import capture_of
+from tl_persona.backends.base import Pooled
+from tl_persona.backends.local.runners import capture_of
 from tl_persona.errors import NonFiniteError
-from tl_persona.plan import Plan
-from tl_persona.rows import Pass, Segment
+from tl_persona.plan.plan import Plan
+from tl_persona.plan.rows import Pass, Segment
 from tl_persona.tensors import PooledMeans
 
 

@@ -16,13 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tl_persona.backends.local.passes import Runner, capture_of
-from tl_persona.backends.local.shortcuts import Regime, Shortcut, shortcuts, sides
-from tl_persona.exactness import tolerance_of
-from tl_persona.models import ModelFacts
-from tl_persona.pass_tensors import stop_layer
-from tl_persona.plan import Plan, Sharing
-from tl_persona.rows import Pass, Row, Segment
+from tl_persona.backends.local.runners import Runner, capture_of
+from tl_persona.backends.shortcuts import Regime, Shortcut, next_best, shortcuts, sides, tolerance_of
+from tl_persona.models.facts import ModelFacts
+from tl_persona.models.hooks import stop_layer
+from tl_persona.plan.plan import Plan, Sharing
+from tl_persona.plan.rows import Pass, Row, Segment
 
 _NAMES = {Sharing.PACKED: "packed", Sharing.CACHED: "cached", Sharing.NONE: "batching"}
 
@@ -216,13 +215,6 @@ def _noted(notes: dict[str, Any], fallbacks: list[str], runner: Runner | None = 
     if fallbacks:
         notes["fallbacks"] = fallbacks
     return notes
-
-
-def next_best(plan: Plan) -> Plan:
-    """The plan with less sharing, and in the end with none, every text whole and by itself."""
-    if plan.sharing is Sharing.NONE:
-        return plan.alone()
-    return plan.with_sharing(Sharing.CACHED if plan.sharing is Sharing.PACKED else Sharing.NONE)
 
 
 def prove(

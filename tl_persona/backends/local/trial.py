@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_persona import caches
 from tl_persona.backends.local.native import NativeParts, attentions, native_parts
 from tl_persona.backends.local.observers import without_hooks
+from tl_persona.backends.shortcuts import tolerance_of
 from tl_persona.errors import ModelError
-from tl_persona.exactness import tolerance_of
-from tl_persona.models import HookedModel
-from tl_persona.plan import Sharing
+from tl_persona.models import caches
+from tl_persona.models.facts import HookedModel
+from tl_persona.plan.plan import Sharing
 
 _RESIDUAL = re.compile(r"blocks\.\d+\.hook_resid_post")
 

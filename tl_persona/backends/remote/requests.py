@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_persona.backends import OnStatus
-from tl_persona.backends.remote.jobs import Jobs
-from tl_persona.backends.remote.journal import Journal, request_digest
+from tl_persona.backends.base import OnStatus
+from tl_persona.backends.remote.jobs import Jobs, Journal, request_digest
 from tl_persona.backends.remote.model import RemoteModel
-from tl_persona.backends.remote.payload import Payload
 from tl_persona.backends.remote.sites import Site, Sites
-from tl_persona.backends.remote.tracing import Chunk, run_passes, serialize
+from tl_persona.backends.remote.tracing import Chunk, Payload, run_passes, serialize
 from tl_persona.backends.remote.transport import Transport
 from tl_persona.errors import RemoteRefusedError
 from tl_persona.tensors import SlotSums

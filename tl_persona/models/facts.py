@@ -1,0 +1,78 @@
+"""What the rest of the package needs to know of a model: one Protocol, a record of facts, a registry of sources.
+
+Both TransformerLens classes satisfy `HookedModel`; nothing here imports them.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """The common part of `HookedTransformer` and `TransformerBridge` that this package uses."""
+
+    cfg: Any
+    tokenizer: Any
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Any, Mapping[str, Tensor]]: ...
+    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What decides how a model is run and what is written to provenance.
+
+    Attributes:
+        name: The model's name, for people and for artifact folders.
+        revision: The checkpoint's commit or content fingerprint; None where it is not known.
+        kind: `HookedTransformer`, `TransformerBridge` or a remote model class.
+        dtype: Parameter dtype, such as `float32`.
+        weights: `unprocessed`, or the processing that was applied.
+        n_layers: Number of blocks.
+        d_model: Width of the residual stream.
+        n_ctx: Longest sequence in tokens the model was made for; None where it has no such limit.
+        hook_names: All hooks, in the model's order.
+    """
+
+    name: str
+    revision: str | None
+    kind: str
+    dtype: str
+    weights: str
+    n_layers: int
+    d_model: int
+    n_ctx: int | None
+    hook_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model that this package loaded came from."""
+
+    name: str
+    revision: str | None
+
+
+# A side table, so that no attribute of ours sits on somebody else's class.
+_SOURCES: "WeakKeyDictionary[Any, ModelSource]" = WeakKeyDictionary()
+
+
+def remember_source(model: Any, source: ModelSource) -> None:
+    """Records where a loaded model came from, for as long as the model lives."""
+    _SOURCES[model] = source
+
+
+def source_of(model: Any) -> ModelSource | None:
+    """Where the model came from, or None where this package did not load it."""
+    try:
+        return _SOURCES.get(model)
+    except TypeError:  # not hashable or not weakly referable: somebody else's object
+        return None
