@@ -37,7 +37,10 @@ def page() -> str:
     results: Results = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
     for name, table in (("runs", _runs(results)), ("packages", _packages(results))):
-        text = re.sub(rf"(<!-- {name}: .*? -->\n\n).*?(\n<!-- end -->)", rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+        place = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, found = place.subn(rf"\g<1>\n{table}\n\g<2>", text)
+        if found != 1:
+            raise ValueError(f"{PAGE.name}: there is no place for the table of {name}")
     return text
 
 
