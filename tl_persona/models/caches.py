@@ -65,3 +65,13 @@ def tokens_held(cache: Any) -> int | None:
 def first_cache(values: Iterable[Any]) -> Any:
     """The first of some values that says how many tokens it holds; None where none does."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+
+def values_of(output: Any) -> list[Any]:
+    """The parts of what a forward call returned, by name or in a tuple; none of a bare tensor.
+
+    Example:
+        >>> values_of((1, 2)), values_of({"logits": 3})
+        ([1, 2], [3])
+    """
+    return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_persona.errors import InputError
-from tl_persona.models.caches import UnknownCacheError, cache_among, first_cache, tokens_held
+from tl_persona.models.caches import UnknownCacheError, cache_among, first_cache, tokens_held, values_of
 from tl_persona.models.hooks import layer_of
 
 _NEEDED_BY = "monitors need, and positions other than None"
@@ -169,7 +169,7 @@ class CacheGuard:
 
     def _after(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = _cache_or_none(args, kwargs)
-        cache = first_cache(_parts(output)) if given is None else given
+        cache = first_cache(values_of(output)) if given is None else given
         held = tokens_held(cache)
         if held is not None and self._held_before is not None and held <= self._held_before:
             self._empty.add(cache)
@@ -188,10 +188,6 @@ def _cache_or_none(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return cache_among(kwargs, args)
     except UnknownCacheError:
         return None
-
-
-def _parts(output: Any) -> list[Any]:
-    return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []
 
 
 def _announcer(model: Any, hook_name: str) -> tuple[Any, Callable[[tuple[Any, ...], dict[str, Any]], _Beginning]]:

@@ -247,26 +247,24 @@ class _Trier:
         return None if worst <= self._tolerance else f"residuals differ by {worst:.1e}"
 
 
-def _values(output: Any) -> list[Any]:
-    return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []
-
-
 def _n_positions(output: Any) -> int:
     """Positions that the logits, the first of a model's outputs with three axes, were computed for."""
-    return next((value.shape[1] for value in _values(output) if isinstance(value, Tensor) and value.ndim == 3), 0)
+    return next(
+        (value.shape[1] for value in caches.values_of(output) if isinstance(value, Tensor) and value.ndim == 3), 0
+    )
 
 
 def _has_patterns(output: Any) -> bool:
     return any(
         isinstance(one, Tensor) and one.ndim == 4 and one.shape[-1] == one.shape[-2]
-        for value in _values(output)
+        for value in caches.values_of(output)
         if isinstance(value, tuple | list)
         for one in value
     )
 
 
 def _keeps(output: Any) -> bool:
-    return bool(caches.tokens_held(caches.first_cache(_values(output))))
+    return bool(caches.tokens_held(caches.first_cache(caches.values_of(output))))
 
 
 def new_cache(original: Any) -> Any:
