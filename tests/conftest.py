@@ -4,6 +4,7 @@ import beartype  # noqa: F401, I001 - before anything that imports nnsight, whic
 
 import os
 
+os.environ["TL_PERSONA_CACHE"] = "off"  # no test may live on what another run kept
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach a hub
 # Threads cost a tiny model more than they save, twenty times more where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

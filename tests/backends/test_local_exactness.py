@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_persona.backends import open_backend
 from tl_persona.backends.local import backend as budget
-from tl_persona.backends.local import boot
+from tl_persona.backends.local import inspection
 from tl_persona.loading import load_model
 from tl_persona.plan import Sample
 
@@ -84,7 +84,7 @@ def test_texts_longer_than_any_before_are_proven_anew(
     named: bool, tiny_model: Callable[[str], Path], tiny_hf: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not named:  # not even the configuration tells of the window
-        monkeypatch.setattr(boot, "critical_lengths", lambda model: ())
+        monkeypatch.setattr(inspection, "critical_lengths", lambda model: ())
     model = load_model(tiny_model("gpt_neo"), kind="bridge")
     short = samples_of(*((text(6, 1), text(length, length)) for length in (4, 3)), prefix=6)
     assert sum(len(sample.input_ids) for sample in short) - 6 < WINDOW

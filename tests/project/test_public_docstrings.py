@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SHOWN_ON_A_PAGE = {
     "load_model": "README.md",
+    "check_model": "docs/concepts/exactness.md",
     "extract_activations": "docs/concepts/hooks.md",
     "run_extraction": "README.md",
     "extract_caa_vector": "README.md",

@@ -2,6 +2,7 @@
 
 - `hooks`: hook names, and layers chosen by them.
 - `facts`: what the package needs to know of a loaded model.
+- `state`: what a model is at one moment, and whether it has changed.
 - `caches`: the names by which a key-value cache is handed on.
 - `checkpoints`: a name turned into weights and a tokenizer.
 - `configs`: sizes and layers worth trying of well-known models, without their weights.

@@ -6,6 +6,7 @@ the layer that is best on your pairs is found by measuring (`SteeringVectorSet.g
 Nothing here loads weights, and importing this module loads neither torch nor transformers.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -287,3 +288,30 @@ _BY_SPELLING: Mapping[str, ModelConfig] = {
     "smollm2": MODEL_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"],  # as `load_model` calls it
     "gpt2-small": MODEL_CONFIGS["openai-community/gpt2"],  # as TransformerLens calls it
 }
+
+
+_NAME_OF_A_LENGTH = re.compile("window|chunk|context|n_ctx|positions|position_embeddings|seq_len|floor_scale")
+
+
+def lengths_named(settings: Any, named: bool = False) -> Iterator[int]:
+    """Every number in a configuration whose name speaks of a length in tokens, at any depth.
+
+    Sliding windows and chunks of attention, the length past which rotary positions are scaled, the context. One too
+    many costs a proof, and one too few a wrong number.
+
+    Args:
+        settings: A configuration as a mapping, or a part of one.
+        named: Whether the part's own name speaks of a length.
+
+    Example:
+        >>> list(lengths_named({"sliding_window": 512, "hidden_size": 64, "rope": {"original_max_positions": [8192]}}))
+        [512, 8192]
+    """
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from lengths_named(value, _NAME_OF_A_LENGTH.search(str(name)) is not None)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from lengths_named(value, named)
+    elif named and isinstance(settings, int) and not isinstance(settings, bool) and settings > 0:
+        yield settings

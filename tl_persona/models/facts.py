@@ -55,10 +55,36 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model that this package loaded came from."""
+    """Where a model came from, and what its weights are.
+
+    Attributes:
+        name: The model's name.
+        revision: The checkpoint's commit or fingerprint; None for a model in memory, or one that has changed since.
+        weights_digest: The digest of its values, after the kind of model it is comparable within; None where unknown.
+        architecture: The class of the transformers model; None where that is not known.
+    """
 
     name: str
     revision: str | None
+    weights_digest: str | None = None
+    architecture: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """What came of comparing a hooked model with a transformers model, where they agree.
+
+    Attributes:
+        hook: Where they differ most.
+        difference: By how much there, relative to the norm of the residual.
+        allowed: How much may be.
+        n_tokens: Lengths of the texts.
+    """
+
+    hook: str
+    difference: float
+    allowed: float
+    n_tokens: tuple[int, ...]
 
 
 # A side table, so that no attribute of ours sits on somebody else's class.
@@ -76,3 +102,17 @@ def source_of(model: Any) -> ModelSource | None:
         return _SOURCES.get(model)
     except TypeError:  # not hashable or not weakly referable: somebody else's object
         return None
+
+
+_INTERVENTION = "tl_persona_intervention"
+
+
+def mark_intervention(hook: Any, hook_name: str, digest: str) -> None:
+    """Says of a function that is put on a model which edit it makes, so that what is stored can tell."""
+    setattr(hook, _INTERVENTION, (hook_name, digest))
+
+
+def intervention_of(hook: Any) -> tuple[str, str] | None:
+    """The hook's name and the digest of the edit that a function makes; None where it was not marked."""
+    found: tuple[str, str] | None = getattr(hook, _INTERVENTION, None)
+    return found

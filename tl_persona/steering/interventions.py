@@ -6,6 +6,7 @@ edit can be had as a forward hook for a decoder layer of plain transformers, or 
 on a module, and taking it off, is the caller's.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import HookError, InputError, NonFiniteError
-from tl_persona.models.facts import HookedModel
+from tl_persona.models.facts import HookedModel, mark_intervention
 from tl_persona.steering.hook_points import (
     check_activation,
     check_edit_is_felt,
@@ -131,7 +132,17 @@ def _editing_hook(wanted: Intervention, watch: PassWatch | None) -> Callable[...
         chosen = select(wanted.positions, watch.tokens(*activation.shape[:2])).to(activation.device)
         return torch.where(chosen[..., None], edit(activation), activation)
 
+    mark_intervention(edit_activation, wanted.hook_name, digest_of(wanted))
     return edit_activation
+
+
+def digest_of(wanted: Intervention) -> str:
+    """SHA-256, in hex, of what an intervention does, from its numbers in float64."""
+    positions = wanted.positions
+    where = positions.tolist() if isinstance(positions, Tensor) else positions
+    hasher = hashlib.sha256(repr((wanted.hook_name, wanted.mode, float(wanted.coefficient), where)).encode())
+    hasher.update(wanted.direction.to("cpu", torch.float64).numpy().astype("<f8").tobytes())
+    return hasher.hexdigest()
 
 
 def edit_of(wanted: Intervention) -> Callable[[Tensor], Tensor]:
@@ -202,4 +213,5 @@ def forward_hook(wanted: Intervention) -> Callable[[Any, Any, Any], Any]:
         return (edit(hidden), *output[1:])
 
     edit = edit_of(wanted)
+    mark_intervention(steer_output, wanted.hook_name, digest_of(wanted))
     return steer_output

@@ -3,11 +3,17 @@
 - `observers`: whether somebody looks into, or changes, what a model computes.
 - `native`: the wrapped model's own attention and norms.
 - `trial`: what a bridge's model takes, found by trying it.
-- `installs`: nothing is installed while a model boots.
-- `boot`: a transformers model turned into a TransformerLens model.
+- `inspection`: what a booted model is.
 - `runners`: one pass of a plan, on either TransformerLens class.
+- `reference`: the transformers model that a hooked model was made from.
+- `verdicts`: what came of comparing, kept for other processes.
+- `check`: whether a hooked model is the transformers model.
+- `installs`: nothing is installed while a model boots.
 - `pooling`: means over token masks, put together from the passes.
 - `proof`: whether a shortcut is exact on this model.
+- `watch`: whether a model is still what it was.
+- `boot`: a transformers model turned into a TransformerLens model.
+- `opening`: one that was loaded, in the form that equals it.
 - `decoding`: greedy generation, under whatever hooks are on the model.
 - `backend`: a plan run with what is above.
 

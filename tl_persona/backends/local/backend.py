@@ -14,7 +14,8 @@ import psutil
 import torch
 
 from tl_persona.backends.base import Pooled, Totals, totals_of
-from tl_persona.backends.local import boot
+from tl_persona.backends.local import boot, inspection
+from tl_persona.backends.local.check import check_note, require_same
 from tl_persona.backends.local.observers import is_observed
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover, Settled
@@ -78,16 +79,17 @@ class LocalBackend:
     def __init__(self, model: Any, *, tokenizer: Any = None) -> None:
         self.model: HookedModel = boot.as_hooked_model(model, tokenizer)
         self.tokenizer: Any = tokenizer if tokenizer is not None else self.model.tokenizer
-        self.facts: ModelFacts = boot.facts_of(self.model)
+        self.facts: ModelFacts = inspection.facts_of(self.model)
         self._runners = runners_for(self.model)
         self._plain = self._runners[-1]
-        self._prover = Prover(self.model, self._runners, self.facts, boot.critical_lengths(self.model))
+        self._prover = Prover(self.model, self._runners, self.facts, inspection.critical_lengths(self.model))
         self._path: dict[str, Any] = {}
 
     @property
     def notes(self) -> dict[str, Any]:
         """How the last plan ran, for provenance: the sharing, and what its proof found."""
-        return {"backend": "local", "model_class": self.facts.kind, **self._path}
+        check = check_note(self.model)
+        return {"backend": "local", "model_class": self.facts.kind, "check": check, **self._path}
 
     def plan(self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None) -> Plan:
         """Checks samples and plans them for the most this model may be capable of, as far as that is known.
@@ -101,7 +103,7 @@ class LocalBackend:
             InputError: See `plan.make_plan`.
         """
         if batch_tokens is None:
-            batch_tokens = default_batch_tokens(self.facts, boot.device_of(self.model))
+            batch_tokens = default_batch_tokens(self.facts, inspection.device_of(self.model))
         plan = make_plan(
             samples,
             n_ctx=self.facts.n_ctx,
@@ -120,6 +122,7 @@ class LocalBackend:
             NonFiniteError: A pooled activation holds NaN or infinity.
         """
         names = list(hook_names)
+        require_same(self.model, max((len(sample.input_ids) for sample in plan.given), default=0))
         modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
         with torch.no_grad(), evaluating(modules):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])

@@ -1,4 +1,4 @@
-"""Turns a transformers model into a TransformerLens model, and tells what a booted one is.
+"""Turns a transformers model into a TransformerLens model.
 
 Works with TransformerLens 3.x (HookedTransformer and TransformerBridge) and 4.x (TransformerBridge only).
 """
@@ -6,26 +6,25 @@ Works with TransformerLens 3.x (HookedTransformer and TransformerBridge) and 4.x
 import copy
 import json
 import logging
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
+from tl_persona.backends.local import inspection
+from tl_persona.backends.local.check import checked
 from tl_persona.backends.local.installs import install_advice, no_processes
-from tl_persona.backends.local.observers import hooks_of
+from tl_persona.backends.local.reference import NoReferenceError, reference_to, twin_of
 from tl_persona.backends.local.trial import mend
+from tl_persona.backends.local.watch import look_again
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
-from tl_persona.models.facts import HookedModel, ModelFacts, source_of
-
-_ADOPTED: "WeakKeyDictionary[Any, tuple[frozenset[Any], HookedModel]]" = WeakKeyDictionary()
-
-_NAME_OF_A_LENGTH = re.compile("window|chunk|context|n_ctx|positions|position_embeddings|seq_len|floor_scale")
+from tl_persona.models.facts import HookedModel, ModelSource, remember_source
+from tl_persona.models.state import ModelState, identity_digest, state_of
 
 
 def _hooked_transformer_class() -> Any | None:
@@ -145,7 +144,7 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
     from transformer_lens.model_bridge import TransformerBridge
 
     if not getattr(hf_model, "hf_device_map", None):
-        hf_model = hf_model.to(device or _default_device())
+        hf_model = hf_model.to(device or default_device())
     location = str(hf_model.config._name_or_path)
     try:
         with _quiet_deprecations(), no_processes():
@@ -167,32 +166,49 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
     return booted
 
 
-def _default_device() -> str:
+def default_device() -> str:
     """CUDA or the CPU; MPS only when asked for, as in TransformerLens, because its kernels have been wrong before."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class _Adopted(NamedTuple):
+    """A bridge over a twin of a caller's model, and what the model was then."""
+
+    state: ModelState
+    model: HookedModel
+
+
+_ADOPTED: "WeakKeyDictionary[Any, _Adopted]" = WeakKeyDictionary()
+
+
 def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
-    """A bridge over a copy of the module tree that shares every parameter with the caller's model.
+    """A bridge over a twin of the module tree that shares every parameter with the caller's model.
 
-    Booting a bridge rewires the modules of the model it is given; the copy keeps the caller's model as it was. A model
-    whose parts or hooks have changed since is adopted anew.
+    Booting a bridge rewires the modules of the model it is given; the twin keeps the caller's model as it was. A model
+    that writes into its weights as it runs gives a twin with weights of its own. A model that has changed since is
+    adopted anew.
+
+    Raises:
+        ModelMismatchError: The bridge is another function than the model.
+        ModelError: It cannot be made.
     """
-    parts = _parts_of(hf_model)
-    if hf_model not in _ADOPTED or _ADOPTED[hf_model][0] != parts:
-        shared = {id(tensor): tensor for tensor in (*hf_model.parameters(), *hf_model.buffers())}
-        twin = copy.deepcopy(hf_model, shared)
-        # TransformerLens gives a tokenizer without a BOS one, in place: not the caller's.
-        _ADOPTED[hf_model] = parts, bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
-    return _ADOPTED[hf_model][1]
-
-
-def _parts_of(model: torch.nn.Module) -> frozenset[Any]:
-    """What a model is put together from: its modules, tensors and hooks, by name and identity."""
-    modules = [(name, id(module)) for name, module in model.named_modules()]
-    tensors = [(name, id(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
-    hooks = [(name, id(hook)) for name, module in model.named_modules() for hook in hooks_of(module)]
-    return frozenset((*modules, *tensors, *hooks))
+    state = state_of(hf_model)
+    known = _ADOPTED.get(hf_model)
+    if known is not None and known.state == state:
+        return known.model
+    reference, reason = reference_to(hf_model)
+    try:
+        twin = twin_of(hf_model, own_weights=reference is not None and reference.owns_weights)
+    except NoReferenceError as error:
+        raise ModelError(str(error)) from error
+    # TransformerLens gives a tokenizer without a BOS one, in place: not the caller's.
+    model = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
+    digest = f"values:{identity_digest(hf_model)}"
+    remember_source(model, ModelSource(inspection.name_of(model), None, digest, type(hf_model).__name__))
+    same_function = known is not None and known.state.parts == state.parts and known.state.settings == state.settings
+    checked(model, reference, reason, after=known.model if known is not None and same_function else None)
+    _ADOPTED[hf_model] = _Adopted(state, model)
+    return model
 
 
 def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
@@ -204,6 +220,7 @@ def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
     """
     if hasattr(model, "run_with_cache") and hasattr(model, "hook_dict"):
         hooked: HookedModel = model
+        look_again(hooked)
         return hooked
     if isinstance(model, torch.nn.Module) and hasattr(model, "config") and hasattr(model, "forward"):
         return adopt(model, tokenizer)
@@ -211,81 +228,3 @@ def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
         f"a model of type {type(model).__name__} cannot be used: pass what tl_persona.load_model returns, a "
         "HookedTransformer, a TransformerBridge or a transformers model"
     )
-
-
-def facts_of(model: HookedModel) -> ModelFacts:
-    """The facts of a booted model, read off the model itself."""
-    cfg = model.cfg
-    source = source_of(model)
-    n_ctx = getattr(cfg, "n_ctx", None)
-    return ModelFacts(
-        name=source.name if source else Path(str(getattr(cfg, "model_name", None) or "unknown")).name,
-        revision=source.revision if source else _commit_hash(model),
-        kind=type(model).__name__,
-        dtype=str(_parameter(model).dtype).removeprefix("torch."),
-        weights=weights_processing(model),
-        n_layers=int(cfg.n_layers),
-        d_model=int(cfg.d_model),
-        n_ctx=int(n_ctx) if n_ctx else None,
-        hook_names=tuple(model.hook_dict),
-    )
-
-
-def _commit_hash(model: Any) -> str | None:
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    return getattr(config, "_commit_hash", None)
-
-
-def _parameter(model: Any) -> torch.Tensor:
-    parameter: torch.Tensor = next(model.parameters())
-    return parameter
-
-
-def device_of(model: HookedModel) -> torch.device:
-    """Where the model's first parameter lies."""
-    return _parameter(model).device
-
-
-def weights_processing(model: Any) -> str:
-    """Which processing was applied to the weights, read off the model itself.
-
-    Folding the layer norm leaves residuals as they are; centring the writing weights does not.
-    """
-    applied = []
-    normalization = str(getattr(model.cfg, "normalization_type", "") or "")
-    if normalization.endswith("Pre") or bool(getattr(model, "compatibility_mode", False)):
-        applied.append("fold_ln")
-    embedding = getattr(model, "W_E", None)
-    if isinstance(embedding, torch.Tensor) and embedding.ndim == 2:
-        rows = embedding[:64].detach().float()  # centring acts on every row alike, a few show it
-        if float(rows.mean(dim=-1).abs().max()) < 1e-6 * float(rows.abs().max() + 1e-30):
-            applied.append("center_writing_weights")
-    return "+".join(applied) or "unprocessed"
-
-
-def critical_lengths(model: Any) -> tuple[int, ...]:
-    """Lengths at which this model may start to treat a text differently.
-
-    Sliding windows and chunks of attention, the length past which rotary positions are scaled, and the context.
-    """
-    cfg = model.cfg
-    found = {getattr(cfg, "n_ctx", None)}
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    if config is None:
-        # TransformerLens fills in a window size where no layer uses one, too.
-        found.add(cfg.window_size if getattr(cfg, "use_local_attn", False) else None)
-    else:
-        found |= set(_lengths_in(config.to_dict()))
-    return tuple(sorted(int(length) for length in found if isinstance(length, int) and length > 0))
-
-
-def _lengths_in(settings: Any, named: bool = False) -> Iterator[int]:
-    """Every number in a configuration whose name speaks of a length, at any depth; one too many costs a proof."""
-    if isinstance(settings, dict):
-        for name, value in settings.items():
-            yield from _lengths_in(value, _NAME_OF_A_LENGTH.search(str(name)) is not None)
-    elif isinstance(settings, list | tuple):
-        for value in settings:
-            yield from _lengths_in(value, named)
-    elif named and isinstance(settings, int) and not isinstance(settings, bool):
-        yield settings

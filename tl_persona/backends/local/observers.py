@@ -3,6 +3,7 @@
 TransformerLens and transformers leave hooks of their own behind, which only look on; all others are somebody's.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from typing import Any
 
 import torch
 
+from tl_persona.models.facts import intervention_of
+
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LOOKING_ON = (
     "transformers.utils.output_capturing",
     "transformer_lens.model_bridge.generalized_components.block",
     "tl_persona.backends.local.trial",  # hands an argument on under the name that is looked for
+    "tl_persona.backends.local.reference",
 )
 
 
@@ -27,6 +31,32 @@ def hooks_of(module: torch.nn.Module) -> Iterator[Any]:
 def is_observed(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether any of these has a hook of somebody's."""
     return any(not _only_looks_on(hook) for module in modules for hook in hooks_of(module))
+
+
+def interventions_on(modules: Iterable[torch.nn.Module]) -> str:
+    """Which edits a model's hooks make: a digest of ours, empty without any, `unknown` where others' hooks are on.
+
+    Hooks of ours that only look, as monitors do, count for nothing; nor do backward hooks.
+    """
+    found: list[tuple[str, str]] = []
+    for module in dict.fromkeys(modules):
+        users = {handle.hook.id: handle.user_hook for handle in getattr(module, "fwd_hooks", ())}
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            for key, hook in getattr(module, kind).items():
+                edit = intervention_of(users.get(key) or hook)
+                if edit is not None:
+                    found.append(edit)
+                elif not _only_looks_on(hook) and not _is_ours(users.get(key) or hook):
+                    return "unknown"
+    if not found:
+        return ""
+    # In the order in which they act at one hook; hooks by name, as modules come in another order in another class.
+    text = "\n".join(f"{name} {digest}" for name, digest in sorted(found, key=lambda edit: edit[0]))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", None)).startswith("tl_persona.")
 
 
 @contextmanager

@@ -82,6 +82,11 @@ class Settled(NamedTuple):
 _MEMORIES: "WeakKeyDictionary[Any, _Memory]" = WeakKeyDictionary()
 
 
+def forget_proofs(model: Any) -> None:
+    """Have the shortcuts of a model that has changed proven anew."""
+    _MEMORIES.pop(model, None)
+
+
 class Prover:
     """Proves the shortcuts of plans on one model.
 

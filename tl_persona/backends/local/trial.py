@@ -69,6 +69,11 @@ def known_trial(model: HookedModel) -> Trial | None:
     return _TRIALS.get(model)
 
 
+def forget_trial(model: HookedModel) -> None:
+    """Have a model that has changed tried anew."""
+    _TRIALS.pop(model, None)
+
+
 def trial_of(model: HookedModel) -> Trial:
     """What the model takes, tried at the first call; hooks of the caller's do not see the tokens that are tried."""
     found = _TRIALS.get(model)

@@ -1,0 +1,316 @@
+"""Whether a hooked model is the transformers model that it was made from: compared before its first use.
+
+TransformerLens writes every architecture anew, from the configuration, and some configurations say more than it reads.
+So no class is trusted for its name: the residual of every block is compared, on a text of random tokens, and again when
+a plan first crosses a longer length at which the model may change its ways. What differs is not used.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_persona.backends.local.inspection import dtype_of, weights_processing
+from tl_persona.backends.local.observers import without_hooks
+from tl_persona.backends.local.reference import NoReferenceError, Reference
+from tl_persona.backends.local.runners import capture_of, runners_for
+from tl_persona.backends.local.verdicts import Difference, VerdictFile
+from tl_persona.backends.shortcuts import tolerance_of
+from tl_persona.errors import HookError, InputError, ModelMismatchError
+from tl_persona.models.facts import HookedModel
+from tl_persona.plan.plan import make_plan
+from tl_persona.plan.rows import Pass, Row, Segment
+from tl_persona.provenance import software_versions
+from tl_persona.tensors import Sample
+
+SHORT = 128
+"""Tokens of the text that a model is compared on when it is loaded."""
+
+LONGEST_AT_ONCE = 512
+"""The same, where the configuration names a length up to this: the text goes just past it."""
+
+PAST = 8
+"""Tokens past a length that are enough to see that it was crossed."""
+
+_ALL_POSITIONS = 640
+"""Positions of a text that are all compared; of a longer one the last of them and some of the others are."""
+
+_NOISE = 4
+"""How many times the reference's own difference, with another text beside this one, may be seen."""
+
+
+@dataclass
+class Check:
+    """What is known of one hooked model.
+
+    Attributes:
+        reference: What it is compared with; None where there is nothing.
+        reason: Why there is nothing.
+        lengths: At which the model may change its ways, as its configuration names them.
+        compared: Lengths of the texts that it was compared on.
+        verdicts: Where verdicts are kept for other processes.
+        reopen: Loads the reference again, for a class that keeps no weights in common with it.
+    """
+
+    reference: Reference | None = None
+    reason: str = ""
+    lengths: tuple[int, ...] = ()
+    compared: list[int] = field(default_factory=list)
+    verdicts: VerdictFile | None = None
+    reopen: Callable[[], Any] | None = None
+
+
+_CHECKS: "WeakKeyDictionary[Any, Check]" = WeakKeyDictionary()
+
+UNKNOWN_ORIGIN = "it was not made here; tl_persona.check_model compares it with a transformers model"
+
+
+def known_check(model: HookedModel) -> Check:
+    """What is known of a hooked model."""
+    return _CHECKS.setdefault(model, Check(reason=UNKNOWN_ORIGIN))
+
+
+def forget_comparisons(model: HookedModel, *, keep_reference: bool) -> None:
+    """Have a model that has changed compared anew; what was kept of its checkpoint speaks of it no longer.
+
+    Args:
+        model: The model.
+        keep_reference: Whether the reference has changed with it, as it does where values alone were written.
+    """
+    check = known_check(model)
+    check.verdicts = check.reopen = None
+    if not keep_reference:
+        check.reference = None
+    if check.reference is not None or not keep_reference:  # a class with weights of its own stays the function it was
+        check.compared.clear()
+    if check.reference is None:
+        check.reason = check.reason or "it has changed since it was loaded"
+
+
+def remember_check(model: HookedModel, check: Check) -> None:
+    """Remember what a model is to be compared with, for as long as it lives."""
+    _CHECKS[model] = check
+
+
+def check_note(model: HookedModel) -> str:
+    """What is known of a hooked model, for provenance; it does not depend on which texts ran."""
+    check = known_check(model)
+    if not check.compared:
+        return f"unchecked: {check.reason}"
+    if check.reference is None and check.reopen is None:
+        return f"compared with transformers up to {max(check.compared)} tokens, unchecked past that"
+    return "compared with transformers"
+
+
+def require_same(model: HookedModel, longest: int = 0) -> None:
+    """Compares a model, if it was not yet, at the length for a first use and at those that a text crosses.
+
+    Args:
+        model: A hooked model.
+        longest: Tokens of the longest text that is to run.
+
+    Raises:
+        ModelMismatchError: It differs from the transformers model.
+    """
+    check = known_check(model)
+    if check.reference is None and check.reopen is None:
+        return
+    for n_tokens in lengths_to_compare(check.lengths, int(getattr(model.cfg, "n_ctx", 0) or 0), longest):
+        if not any(_speaks_for(done, n_tokens, check.lengths) for done in check.compared):
+            _compare_at(model, check, n_tokens)
+
+
+def lengths_to_compare(lengths: Sequence[int], n_ctx: int, longest: int) -> list[int]:
+    """How long the texts are that a model is compared on.
+
+    Args:
+        lengths: Those that its configuration names.
+        n_ctx: The longest text it takes; 0 where it has no limit.
+        longest: Tokens of the longest text that is to run.
+
+    Example:
+        >>> lengths_to_compare([], 2048, 0), lengths_to_compare([256, 4096], 32768, 0)
+        ([128], [264])
+        >>> lengths_to_compare([256, 4096], 32768, 5000)
+        [264, 4104]
+    """
+    limit = n_ctx or max([SHORT, *lengths]) + PAST
+    crossable = [length for length in sorted(set(lengths)) if length < limit]
+    first = SHORT
+    if crossable and SHORT - PAST < crossable[0] <= LONGEST_AT_ONCE:
+        first = crossable[0] + PAST
+    wanted = [first, *(length + PAST for length in crossable if first <= length < longest)]
+    return sorted({min(n_tokens, limit) for n_tokens in wanted})
+
+
+def _speaks_for(done: int, n_tokens: int, lengths: Sequence[int]) -> bool:
+    """Whether a comparison at one length holds at another: no named length lies between them."""
+    low, high = sorted((done, n_tokens))
+    return not any(low <= length < high for length in lengths)
+
+
+def _compare_at(model: HookedModel, check: Check, n_tokens: int) -> None:
+    known = None if check.verdicts is None else check.verdicts.get(n_tokens)
+    if known is None:
+        reference = check.reference
+        if reference is None:
+            assert check.reopen is not None
+            reference = Reference(check.reopen())
+        try:
+            known = difference(model, reference, n_tokens)
+        except NoReferenceError as error:
+            check.reference, check.reopen, check.reason = None, None, str(error)
+            return
+        if check.verdicts is not None:
+            check.verdicts.put(n_tokens, known)
+    if not known.holds:
+        raise mismatch(model, known)
+    check.compared.append(n_tokens)
+
+
+def mismatch(model: HookedModel, seen: Difference) -> ModelMismatchError:
+    """The error about a model that differs."""
+    kind, releases = type(model).__name__, software_versions()
+    return ModelMismatchError(
+        f"the {kind} of {seen.reference} that TransformerLens {releases['transformer-lens']} makes is another function "
+        f"than the model of transformers {releases['transformers']}: {seen.hook} differs by {seen.worst:.2g} of its "
+        f"length (allowed: {seen.allowed:.0e}) on {seen.n_tokens} tokens. Use another kind or another release of "
+        "TransformerLens; check=False uses it as it is, and says so in what is saved"
+    )
+
+
+@torch.no_grad()
+def difference(model: HookedModel, reference: Reference, n_tokens: int) -> Difference:
+    """The largest relative difference of a residual, at any block and position of a text of random tokens.
+
+    Weights that were centred on purpose are compared with a centred reference. Where numbers are rounded differently
+    enough to matter (experts chosen by a hair), as much is allowed as the reference itself differs when another text
+    is run beside this one.
+
+    Raises:
+        NoReferenceError: There is nothing to compare with.
+    """
+    vocabulary = min(int(model.cfg.d_vocab), reference.vocabulary)
+    ids = _sample(n_tokens, vocabulary, reference.special_ids)
+    positions = _positions(n_tokens)
+    expected = reference.residuals(ids[:1], positions)
+    n_layers = int(model.cfg.n_layers)
+    if len(expected.after) != n_layers:
+        raise NoReferenceError(f"{reference.name} has {len(expected.after)} decoder layers, and the model {n_layers}")
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+    names = [name for name in names if name in model.hook_dict]
+    got = _captured(model, ids[0], names, positions)
+    centred = "center_writing_weights" in weights_processing(model)
+    dtype = dtype_of(model)
+    exact = dtype in ("float32", "float64")
+    worst, where = 0.0, names[0]
+    for name, value in got.items():
+        error = _relative(value, expected.after[int(name.split(".")[1])], centred, exact)
+        if not error <= worst:
+            worst, where = error, name
+    allowed = tolerance_of(dtype) * (10 if weights_processing(model) != "unprocessed" else 1)
+    if worst != worst:
+        raise NoReferenceError(f"{reference.name} gives NaN or infinity on random tokens")
+    if worst > allowed:
+        beside = reference.residuals(ids, positions)
+        noise = max(
+            _relative(one, other, centred, exact) for one, other in zip(beside.after, expected.after, strict=True)
+        )
+        allowed = max(allowed, _NOISE * noise)
+    return Difference(
+        reference=reference.name, n_tokens=n_tokens, hook=where, worst=worst, allowed=allowed, holds=worst <= allowed
+    )
+
+
+def _captured(
+    model: HookedModel, ids: Int[Tensor, "pos"], names: Sequence[str], positions: Sequence[int]
+) -> dict[str, Tensor]:
+    """What the plain path reads at hooks, nobody's hooks in the way."""
+    plain = runners_for(model)[-1]
+    modules = [
+        module
+        for root in (model, getattr(model, "original_model", None))
+        if isinstance(root, torch.nn.Module)
+        for module in root.modules()
+    ]
+    training = [module for module in modules if module.training]
+    sample = Sample("check", ids, torch.ones((1, len(ids)), dtype=torch.bool))
+    plan = make_plan([sample], batch_tokens=len(ids))
+    whole = Pass((Row((Segment((0,), 0, len(ids)),)),))
+    try:
+        for module in training:
+            module.training = False
+        with without_hooks(modules):
+            plain.prepare()
+            captured, _ = plain.run(plan, whole, names, None, 0)
+        index = torch.tensor(list(positions))
+        return {name: capture_of(captured, name)[0].cpu()[index].double() for name in names}
+    except (InputError, HookError) as error:
+        raise NoReferenceError(str(error)) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _relative(got: Tensor, expected: Tensor, centred: bool, exact: bool) -> float:
+    if centred:
+        got, expected = (value - value.mean(dim=-1, keepdim=True) for value in (got, expected))
+    size = expected.norm(dim=-1)
+    # A position that is all but zero is measured against the others.
+    scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
+    errors = (got - expected).norm(dim=-1) / scale
+    return float(errors.max() if exact else errors.mean())
+
+
+def _sample(n_tokens: int, vocabulary: int, special: frozenset[int]) -> Int[Tensor, "row pos"]:
+    """Two rows of random tokens, the same in every process."""
+    ordinary = torch.tensor([token for token in range(vocabulary) if token not in special] or range(vocabulary))
+    places = torch.randint(len(ordinary), (2, n_tokens), generator=torch.Generator().manual_seed(0))
+    return ordinary[places]
+
+
+def _positions(n_tokens: int) -> list[int]:
+    if n_tokens <= _ALL_POSITIONS:
+        return list(range(n_tokens))
+    return sorted({*range(0, n_tokens, n_tokens // 64), *range(n_tokens - 64, n_tokens)})
+
+
+def checked(
+    model: HookedModel,
+    reference: Reference | None,
+    reason: str = "",
+    *,
+    verdicts: VerdictFile | None = None,
+    reopen: Callable[[], Any] | None = None,
+    keep: bool = True,
+    after: HookedModel | None = None,
+) -> None:
+    """Compare a model that was just made, and remember what it can be compared with later.
+
+    Args:
+        model: The hooked model.
+        reference: The transformers model; None where there is none.
+        reason: Why there is none.
+        verdicts: Where verdicts are kept.
+        reopen: Loads the transformers model again.
+        keep: Whether the reference shares its weights with the model, and so may be kept.
+        after: A model made before of the same modules with other weights, whose verdicts hold here too.
+
+    Raises:
+        ModelMismatchError: It differs.
+    """
+    lengths = () if reference is None else reference.lengths
+    check = Check(reference, reason, lengths, verdicts=verdicts, reopen=reopen)
+    if after is not None:
+        check.compared = [*known_check(after).compared]
+    remember_check(model, check)
+    require_same(model)
+    if not keep:
+        check.reference = None
+    if check.reason:
+        logging.getLogger("tl_persona").info("not compared with transformers: %s", check.reason)

@@ -1,0 +1,229 @@
+"""The transformers model that a hooked model was made from, kept to compare with: its residuals, block by block.
+
+Its decoder layers are found by running it: the list of modules of which each takes what the one before it gave. It is a
+twin of the module tree that shares every parameter, so that making a hooked model, which rewires modules, leaves it as
+it was. It raises `NoReferenceError` where there is nothing to compare with.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tl_persona.backends.local.observers import without_hooks
+from tl_persona.models.configs import lengths_named
+
+_DISCOVERY = 3
+"""Tokens that are enough to see which modules follow one another."""
+
+
+class NoReferenceError(Exception):
+    """The transformers model cannot be compared with; the text says why."""
+
+
+class _WroteWeightsError(Exception):
+    """A pass was about to write into a parameter."""
+
+
+class Residuals(NamedTuple):
+    """What every decoder layer took and gave, at some positions of one text."""
+
+    before: Float[Tensor, "layer pos d_model"]
+    after: Float[Tensor, "layer pos d_model"]
+
+
+class Reference:
+    """A transformers model to compare with.
+
+    Args:
+        hf_model: The model; it is neither changed nor run.
+        own_weights: Whether it gets a copy of the weights, for a model that writes into them.
+
+    Raises:
+        NoReferenceError: Its module tree cannot be copied.
+    """
+
+    def __init__(self, hf_model: Any, *, own_weights: bool = False) -> None:
+        self.name = type(hf_model).__name__
+        self.owns_weights = own_weights
+        self.model = twin_of(hf_model, own_weights=own_weights)
+        self.lengths = tuple(sorted(set(lengths_named(hf_model.config.to_dict()))))
+        self._layers: Sequence[torch.nn.Module] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that its configuration gives a meaning: of an image, of padding."""
+        return frozenset(_special_ids(self.model.config.to_dict()))
+
+    def writes_weights(self) -> bool:
+        """Whether it writes into its parameters as it runs; found out without letting it.
+
+        Raises:
+            NoReferenceError: It cannot be run on token ids alone, or its decoder layers cannot be told.
+        """
+        try:
+            self._find_layers()
+        except _WroteWeightsError:
+            return True
+        return False
+
+    def residuals(self, ids: Int[Tensor, "row pos"], positions: Sequence[int]) -> Residuals:
+        """What the layers took and gave for the first row, at these positions, in float64 on the CPU.
+
+        Raises:
+            NoReferenceError: It cannot be run on token ids alone, its decoder layers cannot be told, or it writes into
+                its weights.
+        """
+        try:
+            if not self._layers:
+                self._find_layers()
+            marked = [(layer, number) for number, layer in enumerate(self._layers)]
+            with self._watching(marked, torch.tensor(list(positions))) as seen:
+                self._run(ids)
+        except _WroteWeightsError as error:
+            raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
+        pairs = [seen[number] for number in range(len(self._layers))]
+        return Residuals(torch.stack([taken for taken, _ in pairs]), torch.stack([given for _, given in pairs]))
+
+    def _find_layers(self) -> None:
+        lists = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module)
+        ]
+        marked = [(layer, (path, number)) for path, module in lists for number, layer in enumerate(module)]
+        with self._watching(marked, torch.arange(_DISCOVERY)) as seen:
+            self._run(torch.arange(1, 1 + _DISCOVERY)[None] % self.vocabulary)
+        found = [
+            module for path, module in lists if _is_stream([seen.get((path, number)) for number in range(len(module))])
+        ]
+        if not found:
+            raise NoReferenceError(f"the decoder layers of {self.name} cannot be told by running it")
+        self._layers = list(max(found, key=lambda layers: len(list(layers))))
+
+    def _run(self, ids: Int[Tensor, "row pos"]) -> None:
+        device = self.model.get_input_embeddings().weight.device
+        try:
+            guard = nullcontext() if self.owns_weights else _Guard(self.model)
+            with torch.no_grad(), without_hooks(self.model.modules()), guard:
+                self.model(ids.to(device), use_cache=False)
+        except (MemoryError, torch.OutOfMemoryError, _WroteWeightsError):
+            raise
+        except Exception as error:  # an architecture may refuse in any way
+            raise NoReferenceError(
+                f"{self.name} does not run on token ids alone ({type(error).__name__}: {error})"
+            ) from error
+
+    @contextmanager
+    def _watching(
+        self, marked: Sequence[tuple[torch.nn.Module, Any]], positions: Int[Tensor, "pos"]
+    ) -> Iterator[dict[Any, tuple[Tensor, Tensor]]]:
+        """What marked modules take and give for the first row, by mark; as it is then, as it may be written into."""
+        seen: dict[Any, tuple[Tensor, Tensor]] = {}
+        handles = []
+        for module, mark in marked:
+
+            def look(_module: Any, args: Any, kwargs: Any, output: Any, mark: Any = mark) -> None:
+                taken = next((value for value in (*args, *kwargs.values()) if _is_activation(value)), None)
+                given = output[0] if isinstance(output, tuple | list) and output else output
+                if taken is not None and _is_activation(given) and taken.shape == given.shape:
+                    seen[mark] = _picked(taken, positions), _picked(given, positions)
+
+            handles.append(module.register_forward_hook(look, with_kwargs=True))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def reference_to(hf_model: Any) -> tuple[Reference | None, str]:
+    """What a model can be compared with, and else why there is nothing; a copy where it writes into its weights."""
+    try:
+        reference = Reference(hf_model)
+        if reference.writes_weights():
+            logging.getLogger("tl_persona").warning(
+                "%s writes into its weights as it runs: it is run on a copy of them, which takes as much memory again",
+                reference.name,
+            )
+            reference = Reference(hf_model, own_weights=True)
+    except NoReferenceError as error:
+        return None, str(error)
+    return reference, ""
+
+
+def twin_of(hf_model: Any, *, own_weights: bool = False) -> Any:
+    """A copy of a model's module tree that shares every parameter and buffer, unless it is to have its own.
+
+    Raises:
+        NoReferenceError: It cannot be copied.
+    """
+    shared = {} if own_weights else {id(tensor): tensor for tensor in (*hf_model.parameters(), *hf_model.buffers())}
+    try:
+        return copy.deepcopy(hf_model, shared)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever somebody's modules hold
+        raise NoReferenceError(
+            f"the modules of {type(hf_model).__name__} cannot be copied ({type(error).__name__}: {error})"
+        ) from error
+
+
+class _Guard(TorchDispatchMode):
+    """Stops a pass before it writes into a parameter."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = {storage for parameter in model.parameters() for storage in _storages(parameter)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Tensor) and not self._storages.isdisjoint(_storages(value)):
+                    raise _WroteWeightsError
+        return func(*args, **(kwargs or {}))
+
+
+def _storages(tensor: Tensor) -> Iterator[int]:
+    """The storage of a tensor, as torch knows it; none for a tensor that has none of its own."""
+    try:
+        yield tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def _picked(activation: Tensor, positions: Int[Tensor, "pos"]) -> Tensor:
+    return activation.detach()[0, positions.to(activation.device)].cpu().double()
+
+
+def _is_stream(seen: Sequence[tuple[Tensor, Tensor] | None]) -> bool:
+    """Whether every one was run, and took what the one before it gave; a few may be handed it rescaled (RWKV)."""
+    ran = [pair for pair in seen if pair is not None]
+    follows = [torch.equal(above[1], below[0]) for above, below in pairwise(ran)]
+    return len(ran) == len(seen) and sum(follows) >= 0.8 * len(follows)
+
+
+def _special_ids(settings: Any) -> Iterator[int]:
+    if not isinstance(settings, dict):
+        return
+    for name, value in settings.items():
+        if str(name).endswith(("_token_id", "_token_index")):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
+        yield from _special_ids(value)
