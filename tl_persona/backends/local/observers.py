@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tl_persona.provenance import UNKNOWN
+
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LOOKING_ON = (
     "transformers.utils.output_capturing",
@@ -27,6 +29,11 @@ def hooks_of(module: torch.nn.Module) -> Iterator[Any]:
 def is_observed(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether any of these has a hook of somebody's."""
     return any(not _only_looks_on(hook) for module in modules for hook in hooks_of(module))
+
+
+def interventions_on(modules: Iterable[torch.nn.Module]) -> str:
+    """What acts on these now, as `Provenance.interventions` has it."""
+    return UNKNOWN if is_observed(modules) else ""
 
 
 @contextmanager
