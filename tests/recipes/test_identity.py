@@ -96,6 +96,7 @@ def no_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def values_of(model: Any) -> str:
+    """Of the model that runs: some releases lay a matrix out in parts."""
     hasher = hashlib.sha256()
     for parameter in dict.fromkeys(model.parameters()):
         hasher.update(parameter.detach().numpy().tobytes())
@@ -154,7 +155,8 @@ def test_another_model_under_the_same_name_is_refused_before_it_runs(
     with no_pass(monkeypatch), pytest.raises(StoreMismatchError, match=WAYS_OUT) as raised:
         runs(second, persona, tokenizer=tokenizer)
     assert str(path) in str(raised.value)
-    assert f"weights_digest: '{values_of(first)}' is now '{values_of(second)}'" in str(raised.value)
+    there, here = (open_backend(each, tokenizer=tokenizer).facts.weights_digest for each in (first, second))
+    assert f"weights_digest: {there!r} is now {here!r}" in str(raised.value)
     assert path.read_bytes() == before
     assert runs(second, persona, name="org/second", tokenizer=tokenizer) == (True, ())
     assert runs(second, persona, activations_dir=runs.root / "second", tokenizer=tokenizer) == (True, ())
@@ -170,10 +172,15 @@ def test_force_replaces_a_persona_and_verify_names_the_neighbours(
         runs(first, persona, tokenizer=tokenizer)
     left = runs.load(1)
     assert runs(second, force=True, tokenizer=tokenizer)[0]
-    assert runs.recorded().weights_digest == values_of(second) and runs.load(1).equal(left)
+    there, here = (open_backend(each, tokenizer=tokenizer).facts.weights_digest for each in (first, second))
+    assert runs.recorded().weights_digest == here != there and runs.load(1).equal(left)
     (problem,) = check_saved(runs.root).problems
     assert (problem.path.name, problem.kind) == ("p1.safetensors", "misfit")
-    assert values_of(first) in problem.what and values_of(second) in problem.what
+    assert f"{there!r}, there {here!r}" in problem.what
+    with PersonaVectorStore(NAME, runs.root) as store:
+        assert runs(second, force=True, store=store, tokenizer=tokenizer)[0]
+        with pytest.raises(StoreMismatchError, match=r"p1\.safetensors is of another model"):
+            runs(second, 1, store=store, tokenizer=tokenizer)  # her own, whatever was saved beside it since
     assert runs(second, 1, force=True, tokenizer=tokenizer)[0]
     assert check_saved(runs.root).problems == ()
     assert runs(second, tokenizer=tokenizer) == (False, ())
