@@ -193,5 +193,7 @@ def _provenance(
         prompts_digest=text_digest(inputs.texts),
         sample_ids=tuple(sample.sample_id for sample in inputs.samples),
         template_digest=inputs.template_digest,
+        weights_digest=facts.weights_digest,
+        interventions=backend.interventions,
         notes={"pairs_digest": pairs.digest(), **backend.notes, **software_versions()},
     )

@@ -17,6 +17,8 @@ import numpy as np
 
 from tl_persona.errors import CorruptFileError, InputError, NonFiniteError, NotStoredError, StoreError
 from tl_persona.files import free_name, fsync_folder, is_folder, present, reason, refuse_outside
+from tl_persona.models.known_wrong import known_wrong
+from tl_persona.provenance import Provenance
 from tl_persona.store import manifest
 from tl_persona.store.folder import SharedFacts, disagreements, facts_of_header, model_folder_name
 from tl_persona.store.header import (
@@ -35,7 +37,7 @@ from tl_persona.store.manifest_files import MANIFEST
 SET_FILE = "metadata.json"
 
 
-Kind = Literal["damaged", "unreadable", "numbers", "provenance", "misfit", "link", "index"]
+Kind = Literal["damaged", "unreadable", "numbers", "provenance", "wrong", "misfit", "link", "index"]
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -44,8 +46,10 @@ class Problem(msgspec.Struct, frozen=True):
     Attributes:
         path: The file or folder.
         kind: `damaged` (truncated, altered or renamed), `unreadable` (refused by the system, or of a later version),
-            `numbers` (not finite), `provenance` (contradicts the file or its place), `misfit` (does not fit its
-            neighbours), `link` (leads out of the folder) or `index` (the manifest is behind or broken).
+            `numbers` (not finite), `provenance` (contradicts the file or its place), `wrong` (of a class known
+            to give wrong numbers for its architecture), `misfit` (does not fit its neighbours, or is of another model
+            or under other interventions), `link` (leads out of the folder) or `index` (the manifest is behind or
+            broken).
         what: A sentence on it.
         repaired: Whether it was put right.
     """
@@ -84,6 +88,7 @@ def check_persona_file(path: Path) -> FileCheck:
     except StoreError as error:
         return FileCheck(size=size, problems=(_of_error(path, error),))
     problems = [Problem(path, "provenance", what) for what in contradictions]
+    problems += _of_notes(path, header.provenance)
     if bad_layers:
         more = "" if len(bad_layers) == 1 else f" and {len(bad_layers) - 1} more"
         problems.append(Problem(path, "numbers", f"layer {bad_layers[0]}{more} holds NaN or infinity"))
@@ -100,7 +105,8 @@ def check_steering_file(path: Path) -> FileCheck:
         vector = SteeringVector.load(path)
     except (StoreError, InputError, NonFiniteError) as error:
         return FileCheck(size=size, problems=(_of_error(path, error),))
-    return FileCheck(size=size, has_provenance=vector.provenance is not None)
+    problems = tuple(_of_notes(path, vector.provenance))
+    return FileCheck(size=size, problems=problems, has_provenance=vector.provenance is not None)
 
 
 def intact_header(data: bytes, path: Path) -> ArtifactHeader:
@@ -121,6 +127,17 @@ def _of_error(path: Path, error: Exception) -> Problem:
     if isinstance(error, NonFiniteError):
         return Problem(path, "numbers", what)
     return Problem(path, "damaged" if isinstance(error, CorruptFileError) else "unreadable", what)
+
+
+def _of_notes(path: Path, provenance: Provenance | None) -> list[Problem]:
+    wrong = None if provenance is None else known_wrong(provenance.notes)
+    if provenance is None or wrong is None:
+        return []
+    made_with = f"{wrong.model_class} of TransformerLens {provenance.notes['transformer-lens']}"
+    what = (
+        f"{made_with} is wrong for {wrong.architecture}, by {wrong.error:g} of the residuals' size in one measurement"
+    )
+    return [Problem(path, "wrong", f"{what}: extract it again with another release or class")]
 
 
 def _layers_not_finite(data: bytes, header: ArtifactHeader) -> list[int]:
@@ -333,7 +350,7 @@ class _Check:
 
         for file in files:
             self._file(file)
-        if any(problem.path.parent == folder for problem in self.problems):
+        if any(problem.path.parent == folder and problem.kind != "wrong" for problem in self.problems):
             return
         try:
             loaded = SteeringVectorSet.load(folder)

@@ -102,10 +102,14 @@ class VariantJob:
 
         Raises:
             InputError: A sample that the model cannot run.
+            StoreMismatchError: A folder to be written holds vectors of other weights or under other interventions;
+                never with `force`.
             StoreError: A stored file that cannot be read.
         """
         status = {name: store.status(variant, persona.id, provenances[name], name) for name in provenances}
         todo = tuple(name for name, found in status.items() if force or found.state != "same")
+        for name in () if force else todo:
+            store.refuse_conflict(variant, persona.id, provenances[name], name)
         # After a kill between two saves, the rest comes out of the passes it would have come out of, to the last byte.
         # Its questions run for any other strategy anyway; for persona-only ones, which ask one, they are not all run.
         wide = not all(name.persona_only for name in todo)
@@ -190,9 +194,14 @@ def pooled_means(
 
 
 def strategy_provenance(
-    backend: Backend, model_name: str, hook_names: Sequence[str], strategy: MaskStrategy, masked: MaskedPrompts
+    backend: Backend,
+    model_name: str,
+    hook_names: Sequence[str],
+    strategy: MaskStrategy,
+    masked: MaskedPrompts,
+    interventions: str,
 ) -> Provenance:
-    """What decides the vector of one strategy; how it ran is noted when it is saved."""
+    """What decides the vector of one strategy, under what acts on the model; how it ran is noted when it is saved."""
     prompts = masked.prompts_of(strategy)
     facts = backend.facts
     return provenance_of(
@@ -209,6 +218,8 @@ def strategy_provenance(
             for index, prompt in enumerate(prompts)
         ),
         template_digest=prompts[0].proof.template_digest,
+        weights_digest=facts.weights_digest,
+        interventions=interventions,
     )
 
 
@@ -311,7 +322,8 @@ def run_extraction(
     """Extracts one persona's vectors for every variant and strategy, and saves them.
 
     All strategies of a variant share its forward passes. A persona-only strategy looks at the first question alone.
-    A vector that is stored and would come out the same is not computed again.
+    A vector that is stored and would come out the same is not computed again. One folder holds vectors of one model and
+    of one set of interventions; where it is not known which they are of, they are computed again.
 
     Args:
         model: What `load_model` returns, or any model `open_backend` takes.
@@ -326,7 +338,7 @@ def run_extraction(
         activations_dir: Root of the store; None is `artifacts/activations`.
         layers: Which hooks to read (see `models.hooks.resolve_hooks`); None is `resid_post` of every block.
         template_kwargs: Passed to the chat template.
-        force: True computes what is stored again.
+        force: True computes what is stored again, and saves it also beside vectors of another model.
         batch_tokens: Padded tokens a forward pass may hold; None is the plan's default.
         show_progress: Shows a bar on a terminal.
         store: Where to save, in place of `activations_dir`; the caller flushes it. One store for many personas saves
@@ -338,6 +350,8 @@ def run_extraction(
 
     Raises:
         InputError: Anything wrong with the samples, variants, strategies or layers; before the model runs.
+        StoreMismatchError: What is stored under the same names is of another model or under other interventions; before
+            the model runs.
         NonFiniteError: An activation holds NaN or infinity.
         StoreError: The vector cannot be saved.
         RemoteError: A remote run did not come to its end; run again to continue.
@@ -356,6 +370,7 @@ def run_extraction(
         )
         hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
         used = qa_pairs[:1] if all(strategy.persona_only for strategy in strategies) else qa_pairs
+        interventions = backend.interventions
         jobs = []
         for variant in variants:
             system = system_prompt(persona, variant)
@@ -364,7 +379,8 @@ def run_extraction(
             if verbose:
                 print_masks(masked, strategies, title=f"{persona.name} · {variant}")
             provenances = {
-                name: strategy_provenance(backend, model_name, hook_names, name, masked) for name in strategies
+                name: strategy_provenance(backend, model_name, hook_names, name, masked, interventions)
+                for name in strategies
             }
             job = VariantJob.prepare(
                 backend, target, persona, variant, masked, provenances, force=force, batch_tokens=batch_tokens

@@ -1,5 +1,6 @@
 """The remote backend against a server's stand-in: the numbers of a local run, whatever the server does meanwhile."""
 
+import json
 import logging
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,21 @@ def test_nothing_runs_after_the_last_layer_that_is_asked_for(remote: Any, standi
 
 def test_the_server_says_its_dtype(remote: Any) -> None:
     assert open_backend(remote()).facts.dtype == "float32"
+
+
+def test_a_model_is_known_by_what_the_server_calls_it(remote: Any, folder: Path) -> None:
+    facts = open_backend(remote()).facts
+    assert facts.weights_digest is not None and facts.weights_digest.startswith("served:")
+    assert facts.architecture == "LlamaForCausalLM" and open_backend(remote()).interventions == ""
+
+    def called(repo_id: object, revision: str | None) -> str | None:
+        asked = json.dumps({"repo_id": str(repo_id), "revision": revision})
+        key = f"nnsight.modeling.transformers.TransformersModel:{asked}"
+        return replace(remote(), model_key=key).served_digest
+
+    assert called(folder, None) == called(folder, "main") == facts.weights_digest
+    assert len({called(folder, None), called(folder, "v2"), called("lab/other", None)}) == 3
+    assert replace(remote(), settings=None).served_digest is None
 
 
 def test_the_client_has_no_weights(remote: Any) -> None:

@@ -20,6 +20,7 @@ import tl_persona
 from tl_persona.cli.main import main
 from tl_persona.data.dataset import PersonaDataset
 from tl_persona.data.personas import Persona, QAPair
+from tl_persona.models.checkpoints import find_checkpoint
 from tl_persona.store import PersonaVectorStore
 
 Row = dict[str, Any]
@@ -240,7 +241,6 @@ def truncate_file(cli: CommandLine) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [
-        (retrain, [], r"revision: 'files-\w+' is now 'files-\w+'"),
         (rewrite_persona, [], "prompts_digest: "),
         (drop_question, [], "sample_ids: 5 entries is now 4 entries"),
         (truncate_file, [], r"mara\.safetensors"),
@@ -259,6 +259,22 @@ def test_what_would_come_out_different_is_extracted_again_and_why_is_said(
     assert torch.equal(cli.vectors(), before) == (change is truncate_file)
     assert cli(*chosen, *options) == 0
     assert cli.err == "" and re.search(r"mara │ templated │ \d │ [\d,]+ │ 0 │ 1 │", cli.out)
+
+
+@pytest.mark.tl
+def test_vectors_of_a_retrained_model_replace_those_of_the_old_one_only_by_force(cli: CommandLine) -> None:
+    chosen = ["--persona-id", "mara", "--variants", "templated"]
+    assert cli(*chosen) == 0
+    before, old = cli.vectors(), find_checkpoint(cli.model).revision
+    retrain(cli)
+    for persona in ("mara", "odo"):  # she who is stored, and one beside her
+        assert cli("--persona-id", persona, "--variants", "templated") == 1
+        assert f"revision: '{old}' is now '{find_checkpoint(cli.model).revision}'" in cli.err
+        assert "mara.safetensors" in cli.err and "--activations-dir" in cli.err and "--force" in cli.err
+    assert cli.saved() == ["answer_mean/templated/mara.safetensors"] and torch.equal(cli.vectors(), before)
+    assert cli(*chosen, "--force") == 0
+    assert not torch.equal(cli.vectors(), before)
+    assert cli(*chosen) == 0 and cli.err == ""
 
 
 @pytest.mark.tl
@@ -434,7 +450,8 @@ def test_show_says_what_a_file_says_of_itself(cli: CommandLine) -> None:
     vectors = cli.vectors("odo")
     assert cli.run("show", cli.path("odo")) == 0
     for fact in ("Odo [/b] :sob: (odo)", "3 layers x 32 d_model, F32", "checksum ok", "5: odo-1, odo-2 ... odo-5",
-                 "tiny-chat (files-", "unprocessed", "answer_mean", "blocks.1.hook_resid_post"):  # fmt: skip
+                 f"tiny-chat ({find_checkpoint(cli.model).revision})", "unprocessed", "answer_mean",
+                 "blocks.1.hook_resid_post"):  # fmt: skip
         assert fact in cli.out
     for layer, norm in enumerate(vectors.double().norm(dim=1).tolist()):
         assert re.search(rf"blocks\.{layer}\.hook_resid_post {re.escape(f'{norm:.4g}')} █", cli.out)

@@ -244,6 +244,76 @@ def test_vectors_that_do_not_fit_their_neighbours_are_named_and_stay(root: Path)
     assert (root / PLACE / "p8.safetensors").exists() and (root / PLACE / "p9.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"revision": "def"}, "its revision does not fit p1.safetensors: 'def', there 'abc'"),
+        ({"interventions": "3f"}, "its interventions does not fit p1.safetensors: '3f', there 'none'"),
+        ({"revision": None, "weights_digest": "values:1"}, None),
+        ({"interventions": "unknown"}, None),
+        ({"notes": {"hooks": "of the caller"}}, None),
+    ],
+)
+def test_neighbours_that_are_known_to_be_of_another_model_do_not_fit(
+    root: Path, changes: dict[str, object], words: str | None
+) -> None:
+    with PersonaVectorStore(MODEL, root) as store:
+        save(store, "p9", provenance=msgspec.structs.replace(PROVENANCE, **changes))
+    found = [(problem.path.name, problem.kind, problem.what) for problem in check_saved(root).problems]
+    assert found == ([] if words is None else [("p9.safetensors", "misfit", words)])
+
+
+def test_each_kind_of_digest_is_compared_with_the_first_that_has_it(tmp_path: Path) -> None:
+    known = [("abc", None), ("abc", "values:1"), (None, "served:1"), (None, "values:1"), (None, "values:2")]
+    with PersonaVectorStore(MODEL, tmp_path) as store:
+        for number, (revision, digest) in enumerate(known):
+            provenance = msgspec.structs.replace(PROVENANCE, revision=revision, weights_digest=digest)
+            save(store, f"p{number}", provenance=provenance)
+    (problem,) = check_saved(tmp_path).problems
+    assert (problem.path.name, problem.kind) == ("p4.safetensors", "misfit")
+    assert problem.what == "its weights_digest does not fit p1.safetensors: 'values:2', there 'values:1'"
+
+
+BRIDGE_OF_COHERE = {
+    "model_class": "TransformerBridge",
+    "architecture": "CohereForCausalLM",
+    "transformer-lens": "3.9.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({}, "0.28"),
+        ({"architecture": "HunYuanDenseV1ForCausalLM", "transformer-lens": "3.9.2"}, "0.052"),
+        ({"architecture": "BloomForCausalLM", "model_class": "HookedTransformer"}, "0.13"),
+        ({"architecture": "BloomForCausalLM"}, None),
+        ({"architecture": "LlamaForCausalLM"}, None),
+        ({"architecture": None}, None),
+        ({"transformer-lens": "4.3.0"}, None),
+        ({"transformer-lens": "3.90.0"}, None),
+        ({"check": "compared with transformers"}, None),
+        ({"check": "not compared: no room"}, "0.28"),
+    ],
+)
+def test_numbers_of_a_class_that_is_known_to_be_wrong_are_named(
+    changes: dict[str, object], error: str | None, tmp_path: Path
+) -> None:
+    notes = {name: value for name, value in (BRIDGE_OF_COHERE | changes).items() if value is not None}
+    provenance = msgspec.structs.replace(PROVENANCE, notes=notes)
+    with PersonaVectorStore(MODEL, tmp_path / "personas") as store:
+        save(store, "p1", provenance=provenance)
+    SteeringVectorSet("calm", [SteeringVector("calm", 1, torch.ones(3), MODEL, provenance=provenance)]).save(
+        tmp_path / "set"
+    )
+    found = check_saved(tmp_path)
+    assert found.n_files == 2
+    assert kinds(found) == ([] if error is None else [("p1.safetensors", "wrong"), ("layer_1.safetensors", "wrong")])
+    for problem in found.problems:
+        assert f"{notes['model_class']} of TransformerLens {notes['transformer-lens']} is wrong" in problem.what
+        assert f"by {error} of" in problem.what
+
+
 def test_another_librarys_folder_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
     write_as_the_reference_does(tmp_path / PLACE, {"a": ("Ann", ["x"], VECTORS), "b": ("Bo", [], VECTORS)})
     found = check_saved(tmp_path)

@@ -12,7 +12,7 @@ from span_oracle import BY_NAME
 
 from tl_persona import ContrastPair, Persona, QAPair, extract_caa_vectors, run_extraction
 from tl_persona.cli.main import main
-from tl_persona.provenance import Provenance, text_digest
+from tl_persona.provenance import Provenance, conflicts, text_digest
 from tl_persona.store import PersonaVectorStore
 
 OLD: dict[str, Any] = {
@@ -33,7 +33,8 @@ def test_without_tokens_the_digest_is_that_of_earlier_versions() -> None:
 
 
 def test_tokens_decide_where_both_sides_know_them_and_the_template_never_does() -> None:
-    old, new = Provenance(**OLD), Provenance(**OLD, tokens_digest="t1", template_digest="a")
+    known = OLD | {"weights_digest": "values:1"}
+    old, new = Provenance(**known), Provenance(**known, tokens_digest="t1", template_digest="a")
     assert old.differences(new) == new.differences(old) == []
     other = msgspec.structs.replace(new, template_digest="b")
     assert new.differences(other) == [] and new.digest() == other.digest()
@@ -44,6 +45,108 @@ def test_tokens_decide_where_both_sides_know_them_and_the_template_never_does() 
 
 def test_a_provenance_of_an_earlier_version_is_read() -> None:
     assert msgspec.json.decode(json.dumps(OLD), type=Provenance) == Provenance(**OLD)
+
+
+def given(revision: str | None = None, weights_digest: str | None = None, **more: Any) -> Provenance:
+    return Provenance(**OLD | {"revision": revision, "weights_digest": weights_digest} | more)
+
+
+def judged(recorded: Provenance, current: Provenance) -> str:
+    """`same`, `unknown` or `conflict`, the other way round too."""
+    found = set()
+    for one, other in ((recorded, current), (current, recorded)):
+        known, all_lines = conflicts(one, other), one.differences(other)
+        assert known == all_lines[: len(known)]
+        found.add("conflict" if known else "unknown" if all_lines else "same")
+    (verdict,) = found
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("recorded", "current", "verdict"),
+    [
+        (("abc", None), ("abc", None), "same"),
+        (("abc", None), ("def", None), "conflict"),
+        (("tensors-1", None), ("tensors-1", None), "same"),
+        (("tensors-1", None), ("tensors-2", None), "conflict"),
+        # The revision decides where both have one: other dtypes give other values of the same weights.
+        (("abc", "values:1"), ("abc", "values:2"), "same"),
+        (("abc", "values:1"), ("def", "values:1"), "conflict"),
+        ((None, "values:1"), (None, "values:1"), "same"),
+        ((None, "values:1"), (None, "values:2"), "conflict"),
+        (("abc", "values:1"), (None, "values:1"), "same"),
+        (("abc", "values:1"), (None, "values:2"), "conflict"),
+        (("files-1", "values:1"), ("abc", "values:1"), "same"),
+        # Nothing that both sides have.
+        ((None, None), (None, None), "unknown"),
+        (("abc", None), (None, None), "unknown"),
+        (("abc", None), (None, "values:1"), "unknown"),
+        ((None, "values:1"), (None, "HookedTransformer values:1"), "unknown"),
+        ((None, "values:1"), (None, "served:1"), "unknown"),
+        (("files-1", None), ("files-1", None), "unknown"),
+        (("files-1", None), ("files-2", None), "unknown"),
+        (("files-1", None), ("tensors-1", None), "unknown"),
+    ],
+)
+def test_weights_are_compared_by_what_both_sides_know_and_else_unknown(
+    recorded: tuple[str | None, str | None], current: tuple[str | None, str | None], verdict: str
+) -> None:
+    assert judged(given(*recorded), given(*current)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("recorded", "current", "verdict"),
+    [
+        ("", "", "same"),
+        ("3f", "3f", "same"),
+        ("3f", "", "conflict"),
+        ("3f", "4a", "conflict"),
+        ("unknown", "unknown", "unknown"),
+        ("unknown", "", "unknown"),
+        ("unknown", "3f", "unknown"),
+    ],
+)
+def test_interventions_that_are_not_known_are_equal_to_nothing(recorded: str, current: str, verdict: str) -> None:
+    assert judged(given("abc", interventions=recorded), given("abc", interventions=current)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("notes", "current", "verdict"),
+    [
+        ({}, "", "same"),
+        ({}, "3f", "conflict"),
+        ({"hooks": "of the caller"}, "", "unknown"),
+        ({"hooks": "of the caller"}, "unknown", "unknown"),
+    ],
+)
+def test_files_of_earlier_versions_tell_of_hooks_in_their_notes(
+    notes: dict[str, str], current: str, verdict: str
+) -> None:
+    assert judged(given("abc", notes=notes), given("abc", interventions=current)) == verdict
+
+
+def test_reasons_say_what_was_seen_on_both_sides() -> None:
+    plain = given(None, "values:1", interventions="")
+    assert plain.differences(given("abc", "values:2", interventions="3f", dtype="bfloat16")) == [
+        "weights_digest: 'values:1' is now 'values:2'",
+        "interventions: 'none' is now '3f'",
+        "dtype: 'float32' is now 'bfloat16'",
+    ]
+    assert given().differences(plain) == ["which weights it is of is not recorded"]
+    assert plain.differences(given()) == ["which weights the model has now is not known"]
+    (line,) = plain.differences(given("abc"))
+    assert "'values:1' and revision 'abc' do not compare" in line
+    (before,) = given("abc", interventions="unknown").differences(given("abc"))
+    (now,) = given("abc").differences(given("abc", interventions="unknown"))
+    assert "was on the model" in before and "is on the model" in now
+
+
+def test_the_digest_has_what_decides_of_the_weights_and_the_interventions() -> None:
+    assert given().digest() == Provenance(**OLD).digest() == given(interventions="").digest()
+    assert given("abc").digest() == given("abc", "values:1").digest()
+    by_values = [given(None, "values:1"), given(None, "values:2"), given("files-1", "values:2"), given("abc")]
+    acted_on = [given("abc", interventions=each) for each in ("3f", "4a", "unknown")]
+    assert len({each.digest() for each in [given(), *by_values, *acted_on]}) == 8
 
 
 # --- in a store ----------------------------------------------------------------------------------------------------

@@ -274,6 +274,8 @@ def test_without_provenance_equal_files_are_the_same_and_others_conflict(tmp_pat
             msgspec.structs.replace(PROVENANCE, hook_names=("blocks.0.hook_mlp_out", "hook_embed")),
         ),
         ("weights", VECTORS, msgspec.structs.replace(PROVENANCE, weights="fold_ln")),
+        ("revision", VECTORS, msgspec.structs.replace(PROVENANCE, revision="def")),
+        ("interventions", VECTORS, msgspec.structs.replace(PROVENANCE, interventions="3f")),
     ],
 )
 @pytest.mark.parametrize("into", ["a filled target", "an empty target"])
@@ -288,6 +290,29 @@ def test_vectors_that_do_not_fit_one_folder_are_refused(
     with pytest.raises(StoreMismatchError, match=f"their {what} are"):
         merge_stores(sources, tmp_path / "all", choice)  # type: ignore[arg-type]
     assert contents(tmp_path / "all") == before
+
+
+@pytest.mark.parametrize("between", [[], [msgspec.structs.replace(PROVENANCE, revision=None)]])
+def test_models_are_told_apart_by_their_values_whatever_lies_between(tmp_path: Path, between: list[Provenance]) -> None:
+    one = msgspec.structs.replace(PROVENANCE, weights_digest="values:1")
+    other = msgspec.structs.replace(PROVENANCE, revision=None, weights_digest="values:2")
+    parts = [PROVENANCE, *between, one, msgspec.structs.replace(one, weights_digest="values:3"), other]
+    for number, provenance in enumerate(parts):
+        fill(tmp_path / str(number), f"p{number}", provenance=provenance)
+    *alike, last = [tmp_path / str(number) for number in range(len(parts))]
+    merge_stores(alike, tmp_path / "all")  # one revision, and what another dtype made of it
+    with pytest.raises(StoreMismatchError, match=r"their weights_digest are 'values:2' and 'values:[13]'"):
+        merge_stores([*alike, last], tmp_path / "apart")
+
+
+def test_of_unknown_weights_equal_files_are_the_same_and_others_conflict(tmp_path: Path) -> None:
+    old = msgspec.structs.replace(PROVENANCE, revision="files-1")
+    for root, factor in (("all", 1), ("a", 1), ("b", 2)):
+        fill(tmp_path / root, "p1", provenance=old, vectors=VECTORS * factor)
+    assert counts(merge_stores([tmp_path / "a"], tmp_path / "all")) == (0, 1, 0, 0)
+    with pytest.raises(StoreMismatchError, match="which weights it is of is not recorded"):
+        merge_stores([tmp_path / "b"], tmp_path / "all")
+    assert counts(merge_stores([tmp_path / "b"], tmp_path / "all", "replace")) == (0, 0, 1, 0)
 
 
 def test_a_damaged_file_is_not_copied(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ class Backend(Protocol):
     each sample once, in any order, as soon as it is done; what it keeps does not grow with the number of samples.
     `total` adds the mean of every mask of every sample to the slot named for it (`slots[sample][mask]`) and yields
     sums over a few samples at a time, so that little comes back from a server. `notes` tells how the last plan ran,
-    for provenance. `saved` is called once the results are: what was kept to continue a killed run is dropped.
+    for provenance; `interventions` is what acts on the model at this moment, as `Provenance` has it: empty for nothing,
+    `unknown` for a hook of somebody else's. `saved` is called once the results are: what was kept to continue a killed
+    run is dropped.
     """
 
     @property
@@ -53,6 +55,9 @@ class Backend(Protocol):
 
     @property
     def notes(self) -> dict[str, Any]: ...
+
+    @property
+    def interventions(self) -> str: ...
 
     def plan(
         self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None

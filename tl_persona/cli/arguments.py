@@ -94,7 +94,9 @@ def _add_extract(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     running.add_argument("--activations-dir", metavar="DIR", help="default: artifacts/activations")
     running.add_argument("--batch-tokens", type=_positive, metavar="N", help="padded tokens a forward pass may hold")
     running.add_argument("--verbose", action="store_true", help="show masks in colour and what a run will cost")
-    running.add_argument("--force", action="store_true", help="extract what is stored already again")
+    running.add_argument(
+        "--force", action="store_true", help="extract what is stored already again, also where it is of another model"
+    )
     running.add_argument("--skip-failed", action="store_true", help="go on after a persona that fails; exit code 1")
 
 
@@ -103,7 +105,7 @@ def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "merge",
         help="join stores that were filled apart",
         description="Copy the vectors of one or several stores into another, and rebuild its manifests. Files of one "
-        "folder that differ in shape, hooks or weights are refused before anything is written.",
+        "folder that differ in shape, hooks, weights, model or interventions are refused before anything is written.",
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="root of a store, as given to --activations-dir")
     parser.add_argument("--into", required=True, metavar="TARGET", help="root of the store to fill")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_persona.files import is_folder
+from tl_persona.provenance import UNKNOWN, Provenance
 from tl_persona.store.file import ArtifactDescription, describe
 from tl_persona.store.header import format_of
 from tl_persona.vectors.files import FORMAT
@@ -102,11 +103,22 @@ def _provenance(table: Table, vector: SteeringVector) -> Table:
     if recorded is None:
         table.add_row("provenance", "none recorded")
         return table
-    table.add_row("from", f"{recorded.model_name} ({recorded.revision or 'revision not known'}), {recorded.dtype}")
+    table.add_row("from", f"{recorded.model_name} ({_identity(recorded)}), {recorded.dtype}")
     table.add_row("weights", recorded.weights)
+    _add_interventions(table, recorded)
     table.add_row("texts", f"{len(recorded.sample_ids)}, digest {recorded.prompts_digest}")
     table.add_row("notes", ", ".join(f"{key} {value}" for key, value in recorded.notes.items()))
     return table
+
+
+def _identity(recorded: Provenance) -> str:
+    return recorded.revision or recorded.weights_digest or "revision not known"
+
+
+def _add_interventions(table: Table, recorded: Provenance) -> None:
+    known = recorded.known_interventions
+    if known != "":
+        table.add_row("interventions", UNKNOWN if known is None else known)
 
 
 def run(arguments: Namespace) -> int:
@@ -134,8 +146,9 @@ def _facts(found: ArtifactDescription) -> Table:
         table.add_row("provenance", "none recorded")
         return table
     recorded = found.provenance
-    table.add_row("model", f"{recorded.model_name} ({recorded.revision or 'revision not known'}), {recorded.dtype}")
+    table.add_row("model", f"{recorded.model_name} ({_identity(recorded)}), {recorded.dtype}")
     table.add_row("weights", recorded.weights)
+    _add_interventions(table, recorded)
     table.add_row("strategy", recorded.strategy)
     table.add_row("hooks", _shortened(recorded.hook_names))
     table.add_row("notes", ", ".join(f"{key} {value}" for key, value in recorded.notes.items()))

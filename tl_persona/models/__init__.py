@@ -5,6 +5,7 @@
 - `state`: what a model is at one moment, and whether it has changed.
 - `caches`: the names by which a key-value cache is handed on.
 - `checkpoints`: a name turned into weights and a tokenizer.
+- `known_wrong`: classes of TransformerLens whose numbers are wrong for an architecture.
 - `configs`: sizes and layers worth trying of well-known models, without their weights.
 
 Declined: running a model, which is `backends`' work, and making a hooked one of a checkpoint, which is `loading`'s.

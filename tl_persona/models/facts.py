@@ -40,6 +40,10 @@ class ModelFacts:
         d_model: Width of the residual stream.
         n_ctx: Longest sequence in tokens the model was made for; None where it has no such limit.
         hook_names: All hooks, in the model's order.
+        weights_digest: `<kind>:<hex>` of the weights that run, as `Provenance` has it: `values:3f...` of their numbers,
+            `HookedTransformer values:3f...` where they compare within that class only, `served:3f...` of what a server
+            calls the model. None where it is not known.
+        architecture: The model's class in transformers, such as `LlamaForCausalLM`; None where it is not known.
     """
 
     name: str
@@ -51,6 +55,8 @@ class ModelFacts:
     d_model: int
     n_ctx: int | None
     hook_names: tuple[str, ...]
+    weights_digest: str | None = None
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _facts(recorded: Provenance | None) -> tuple[str, ...]:
         return (_NOT_RECORDED,) * 5 + ("",)
     return (
         recorded.model_name,
-        recorded.revision or _NOT_RECORDED,
+        recorded.revision or recorded.weights_digest or _NOT_RECORDED,
         recorded.dtype,
         recorded.weights,
         recorded.strategy,

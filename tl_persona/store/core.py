@@ -16,12 +16,19 @@ from torch import Tensor
 
 from tl_persona.data.personas import BASELINE_PERSONA_ID
 from tl_persona.display import Card, Shown
-from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError
+from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.files import is_folder, make_folder, refuse_outside, write_atomically
-from tl_persona.provenance import Provenance
+from tl_persona.provenance import Provenance, conflicts
 from tl_persona.store import manifest
 from tl_persona.store.file import decode, encode
-from tl_persona.store.folder import model_folder_name, refuse_anothers_file, refuse_misfit, safe_component
+from tl_persona.store.folder import (
+    is_identified,
+    model_folder_name,
+    refuse_anothers_file,
+    refuse_misfit,
+    safe_component,
+    some_recorded,
+)
 from tl_persona.store.header import SUFFIX, ArtifactHeader, read_bytes, read_header
 from tl_persona.tensors import LayerVectors
 
@@ -70,6 +77,7 @@ class StoredVectors(Shown):
         self.variants = tuple(variants)
         self._strategy_folder(mask_strategy)
         self._used_folders: set[Path] = set()
+        self._identified: dict[Path, Provenance] = {}
 
     def __enter__(self: _Store) -> _Store:
         return self
@@ -116,6 +124,8 @@ class StoredVectors(Shown):
             refuse_anothers_file(path, persona_id)
             write_atomically(path, data)
             manifest.record(path.parent, path)
+        if provenance is not None and is_identified(provenance):
+            self._identified[path.parent] = provenance
         return path.parent
 
     def load(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> LayerVectors:
@@ -238,6 +248,30 @@ class StoredVectors(Shown):
         differences = recorded.differences(provenance)
         return StoredStatus("differs", tuple(differences)) if differences else StoredStatus("same")
 
+    def refuse_conflict(
+        self, prompt_variant: str, persona_id: str, provenance: Provenance, mask_strategy: object | None = None
+    ) -> None:
+        """Check that what is stored in a folder is of the weights and under the interventions of `provenance`.
+
+        Looks at the persona's own file and at others, up to one that says what it is of; what that says is remembered.
+
+        Raises:
+            StoreMismatchError: It is known to be of others; where that is not known, nothing is raised.
+            StoreError: The folder or a file cannot be read.
+        """
+        path = self._file(prompt_variant, persona_id, mask_strategy)
+        own = _recorded(path)
+        if own is not None:
+            _refuse_conflict(path, own, provenance)
+        folder = path.parent
+        known = self._identified.get(folder)
+        if known is not None and not conflicts(known, provenance):
+            return
+        for other, recorded in some_recorded(folder):
+            _refuse_conflict(other, recorded, provenance)
+            if is_identified(recorded):
+                self._identified[folder] = recorded
+
     def stored_digest(self, prompt_variant: str, persona_id: str, mask_strategy: object | None = None) -> str | None:
         """The digest in the file's header, without reading its tensor; None where there is no trustworthy one."""
         try:
@@ -327,3 +361,20 @@ class StoredVectors(Shown):
         self._used_folders.add(folder)
         with manifest.locked(folder):
             yield
+
+
+def _recorded(path: Path) -> Provenance | None:
+    try:
+        return read_header(path).provenance
+    except (NotStoredError, CorruptFileError):
+        return None
+
+
+def _refuse_conflict(path: Path, recorded: Provenance, provenance: Provenance) -> None:
+    found = conflicts(recorded, provenance)
+    if found:
+        raise StoreMismatchError(
+            f"{path} is of another model or under other interventions ({'; '.join(found)}), and a folder holds vectors "
+            "of one model and one set of interventions: pass another model_name, another activations_dir "
+            "(--activations-dir), or force=True (--force), which replaces this persona and leaves the others"
+        )

@@ -1,8 +1,9 @@
 """One folder of persona vectors: the files in it, what they may be called, and what all of them share.
 
 Names are safe on any system. Vectors that differ in shape, hooks or processing of weights are not comparable layer by
-layer, and readers of the published layout expect one shape a folder. What a vector must share is compared with one file
-or with a few, so the cost does not grow with the folder.
+layer, and readers of the published layout expect one shape a folder; those of other models or under other interventions
+are about something else. What a vector must share is compared with one file or with a few, so the cost does not grow
+with the folder.
 """
 
 import os
@@ -10,13 +11,15 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, TypeAlias
 
 from tl_persona.errors import CorruptFileError, InputError, NotStoredError, StoreError, StoreMismatchError
 from tl_persona.files import TEMPORARY_PREFIX, reason, refuse_outside
-from tl_persona.provenance import Provenance
+from tl_persona.provenance import Provenance, deciding_scheme
 from tl_persona.store.header import SUFFIX, ArtifactHeader, read_header
 from tl_persona.store.manifest_files import MANIFEST, stated_shape
 
@@ -83,21 +86,55 @@ def _listed(folder: Path) -> list["os.DirEntry[str]"]:
 
 def any_header(folder: Path) -> ArtifactHeader | None:
     """The header of some readable file, at a cost that does not depend on how many there are."""
+    return next(_headers(folder), None)
+
+
+def some_recorded(folder: Path) -> Iterator[tuple[Path, Provenance]]:
+    """A few files and their provenance, up to the first that says all of which weights it is of and what acted.
+
+    Raises:
+        StoreError: The folder cannot be read.
+    """
+    for header in islice(_headers(folder), _FEW):
+        provenance = header.provenance
+        if provenance is not None:
+            yield header.source, provenance
+            if is_identified(provenance):
+                return
+
+
+def is_identified(provenance: Provenance) -> bool:
+    """Whether it is known which weights a vector is of, and what acted on the model."""
+    return bool(provenance.identity) and provenance.known_interventions is not None
+
+
+_FEW = 8
+"""Headers that are read in search of one with an identity: those of earlier versions have none."""
+
+
+def _headers(folder: Path) -> Iterator[ArtifactHeader]:
     for persona_id, path, _ in artifacts(folder):
-        try:
-            return read_header(path, persona_id)
-        except (CorruptFileError, NotStoredError):
-            continue
-    return None
+        with suppress(CorruptFileError, NotStoredError):
+            yield read_header(path, persona_id)
 
 
 SharedFacts: TypeAlias = dict[str, tuple[Any, Path]]
-"""By name what must be alike (`shape`, `hook_names`, `weights`): the value, and the file that says so."""
+"""By name what must be alike: the value, and the file that says so.
+
+`shape`, `hook_names`, `weights` and, where they are known, `interventions` are compared as they are. Under `revision`
+and each kind of digest is the whole identity of a file that has one; see `provenance.deciding_scheme`.
+"""
 
 
 def facts_of_header(header: ArtifactHeader) -> SharedFacts:
     """What a file says of what must be alike; without provenance, its shape only."""
-    return _facts(header.shape, header.provenance, header.source)
+    provenance, source = header.provenance, header.source
+    facts = _facts(header.shape, provenance, source)
+    if provenance is not None:
+        facts |= {scheme: (provenance.identity, source) for scheme in provenance.identity}
+        if provenance.known_interventions is not None:
+            facts["interventions"] = (provenance.known_interventions or "none", source)
+    return facts
 
 
 def facts_of_folder(folder: Path) -> SharedFacts:
@@ -116,8 +153,13 @@ def disagreements(held: SharedFacts, other: SharedFacts) -> Iterator[tuple[str, 
     """What differs: its name, and both sides of it. A fact that one side does not have differs from nothing."""
     for what, here in other.items():
         there = held.get(what)
-        if there is not None and there[0] != here[0]:
+        if there is None or there[0] == here[0]:
+            continue
+        if not isinstance(there[0], dict):
             yield what, there, here
+        elif deciding_scheme(there[0], here[0]) == what and there[0][what] != here[0][what]:
+            name = what if what == "revision" else "weights_digest"
+            yield name, (there[0][what], there[1]), (here[0][what], here[1])
 
 
 def refuse_misfit(folder: Path, shape: tuple[int, int], provenance: Provenance | None) -> None:

@@ -64,7 +64,8 @@ def merge_stores(
     Raises:
         InputError: No sources, a source that is the target, or an unknown `on_conflict`.
         NotStoredError: A source holds no vectors.
-        StoreMismatchError: Files of one folder differ in shape, hooks or weights, or there is a conflict.
+        StoreMismatchError: Files of one folder differ in shape, hooks or weights, are of different models or under
+            different interventions, or there is a conflict.
         CorruptFileError: A file is damaged; what was copied before is whole.
         StoreError: The file system refused, or a link leads out of a source or of the target.
 
@@ -157,13 +158,11 @@ def _held(folder: Path, persona_id: str) -> ArtifactHeader | None:
 
 
 def _same(first: ArtifactHeader, second: ArtifactHeader) -> bool:
-    """Whether both would be computed alike; without provenance on either side, whether the files are equal."""
-    if first.digest is None and second.digest is None:
-        return read_bytes(first.source) == read_bytes(second.source)
+    """Whether both would be computed alike, or the files are equal, whatever is not known of them."""
     there, here = first.provenance, second.provenance
-    if there is not None and here is not None:
-        return not there.differences(here)  # an earlier version's digest covers fewer fields
-    return first.digest == second.digest
+    if there is not None and here is not None and not there.differences(here):
+        return True  # not by the digest: an earlier version's covers fewer fields
+    return first.digest == second.digest and read_bytes(first.source) == read_bytes(second.source)
 
 
 def _merge_folder(folder: Path, incoming: _Incoming, root: Path, on_conflict: OnConflict) -> MergedFolder:

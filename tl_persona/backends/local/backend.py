@@ -16,7 +16,7 @@ import torch
 from tl_persona.backends.base import Pooled, Totals, totals_of
 from tl_persona.backends.local import boot, inspection
 from tl_persona.backends.local.check import check_note, require_same
-from tl_persona.backends.local.observers import is_observed
+from tl_persona.backends.local.observers import interventions_on, is_observed
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover, Settled
 from tl_persona.backends.local.runners import Runner, capture_of, runners_for
@@ -88,8 +88,14 @@ class LocalBackend:
     @property
     def notes(self) -> dict[str, Any]:
         """How the last plan ran, for provenance: the sharing, and what its proof found."""
-        check = check_note(self.model)
-        return {"backend": "local", "model_class": self.facts.kind, "check": check, **self._path}
+        architecture = {"architecture": self.facts.architecture} if self.facts.architecture else {}
+        about = {"model_class": self.facts.kind, "check": check_note(self.model), **architecture}
+        return {"backend": "local", **about, **self._path}
+
+    @property
+    def interventions(self) -> str:
+        """What acts on the model now, for provenance; it takes a walk over all modules."""
+        return interventions_on(modules_of(self.model))
 
     def plan(self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None) -> Plan:
         """Checks samples and plans them for the most this model may be capable of, as far as that is known.

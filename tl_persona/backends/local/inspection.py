@@ -24,7 +24,18 @@ def facts_of(model: HookedModel) -> ModelFacts:
         d_model=int(cfg.d_model),
         n_ctx=int(n_ctx) if n_ctx else None,
         hook_names=tuple(model.hook_dict),
+        weights_digest=source.weights_digest if source else None,
+        architecture=source.architecture if source and source.architecture else _architecture(model),
     )
+
+
+def _architecture(model: Any) -> str | None:
+    """The class in transformers: the one that a bridge wraps, or that a HookedTransformer was read as."""
+    original = getattr(model, "original_model", None)
+    if original is not None:
+        return type(original).__name__
+    read_as = getattr(model.cfg, "original_architecture", None)
+    return str(read_as) if read_as else None
 
 
 def name_of(model: Any) -> str:

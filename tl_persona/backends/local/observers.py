@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tl_persona.models.facts import intervention_of
+from tl_persona.provenance import UNKNOWN
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LOOKING_ON = (
@@ -47,7 +48,7 @@ def interventions_on(modules: Iterable[torch.nn.Module]) -> str:
                 if edit is not None:
                     found.append(edit)
                 elif not _only_looks_on(hook) and not _is_ours(users.get(key) or hook):
-                    return "unknown"
+                    return UNKNOWN
     if not found:
         return ""
     # In the order in which they act at one hook; hooks by name, as modules come in another order in another class.

@@ -91,7 +91,13 @@ class RemoteBackend:
         """How the last plan ran, for provenance: the server, the sharing, and what the server had no room for."""
         settings = self.model.settings
         where = {"host": settings.host} if settings else {}
-        return {"backend": "remote" if settings else "nnsight", "model_class": self.facts.kind, **where, **self._path}
+        known = {"model_class": self.facts.kind, "architecture": self.facts.architecture}
+        return {"backend": "remote" if settings else "nnsight", **known, **where, **self._path}
+
+    @property
+    def interventions(self) -> str:
+        """What acts on the model, for provenance: nothing, as requests carry none."""
+        return ""
 
     def plan(self, samples: Sequence[Sample], *, batch_tokens: int | None = None, max_rows: int | None = None) -> Plan:
         """Checks samples and plans them as if they went in one request.
@@ -280,4 +286,6 @@ def _facts_of(model: RemoteModel, sites: Sites, dtype: str) -> ModelFacts:
         d_model=int(config.hidden_size),
         n_ctx=int(n_ctx) if n_ctx else None,
         hook_names=sites.hook_names,
+        weights_digest=model.served_digest,
+        architecture=type(whole).__name__,
     )

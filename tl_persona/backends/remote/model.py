@@ -4,6 +4,7 @@ The key stays in the settings: it is sent, never shown.
 """
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -136,6 +137,15 @@ class RemoteModel:
     nnsight_model: Any
     model_key: str = ""
     settings: RemoteSettings | None = None
+
+    @property
+    def served_digest(self) -> str | None:
+        """`served:<hex>` of the repository and revision that a server is asked for; None where the model runs here."""
+        if self.settings is None or not self.model_key:
+            return None
+        asked = json.loads(self.model_key.partition(":")[2])
+        served = f"{asked['repo_id']}@{asked.get('revision') or 'main'}"
+        return f"served:{hashlib.sha256(served.encode()).hexdigest()[:16]}"
 
 
 def open_remote_model(
