@@ -240,7 +240,7 @@ def truncate_file(cli: CommandLine) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [
-        (retrain, [], r"revision: 'files-\w+' is now 'files-\w+'"),
+        (retrain, [], r"revision: 'tensors-\w+' is now 'tensors-\w+'"),
         (rewrite_persona, [], "prompts_digest: "),
         (drop_question, [], "sample_ids: 5 entries is now 4 entries"),
         (truncate_file, [], r"mara\.safetensors"),
@@ -434,7 +434,7 @@ def test_show_says_what_a_file_says_of_itself(cli: CommandLine) -> None:
     vectors = cli.vectors("odo")
     assert cli.run("show", cli.path("odo")) == 0
     for fact in ("Odo [/b] :sob: (odo)", "3 layers x 32 d_model, F32", "checksum ok", "5: odo-1, odo-2 ... odo-5",
-                 "tiny-chat (files-", "unprocessed", "answer_mean", "blocks.1.hook_resid_post"):  # fmt: skip
+                 "tiny-chat (tensors-", "unprocessed", "answer_mean", "blocks.1.hook_resid_post"):  # fmt: skip
         assert fact in cli.out
     for layer, norm in enumerate(vectors.double().norm(dim=1).tolist()):
         assert re.search(rf"blocks\.{layer}\.hook_resid_post {re.escape(f'{norm:.4g}')} █", cli.out)

@@ -4,6 +4,7 @@
 - `facts`: what the package needs to know of a loaded model.
 - `caches`: the names by which a key-value cache is handed on.
 - `gguf_header`: what stands before the tensors of a GGUF file.
+- `fingerprint`: one short text for the files of a checkpoint.
 - `checkpoints`: a name turned into weights and a tokenizer.
 - `configs`: sizes and layers worth trying of well-known models, without their weights.
 
