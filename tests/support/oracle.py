@@ -16,9 +16,12 @@ from tl_persona.backends.local.trial import trial_of
 from tl_persona.plan import Sample
 
 
-def block_outputs(model: Any, input_ids: Tensor) -> Tensor:
-    """Output of every decoder layer for one text, shape (layer, pos, d_model), in float64."""
-    layers = _layers_of(model)
+def block_outputs(model: Any, input_ids: Tensor, layers_at: str | None = None) -> Tensor:
+    """Output of every decoder layer for one text, shape (layer, pos, d_model), in float64.
+
+    `layers_at` says where the layers are, as `get_submodule` takes it; None looks where most families have them.
+    """
+    layers = _layers_of(model) if layers_at is None else model.get_submodule(layers_at)
     captured: list[Tensor] = []
     handles = [
         layer.register_forward_hook(lambda _m, _args, out: captured.append(out[0] if isinstance(out, tuple) else out))

@@ -204,11 +204,11 @@ def build_tiny(family: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if config.model_type == "gemma2":
-        _ask_for_plain_attention(folder / "config.json")
+        ask_for_plain_attention(folder / "config.json")
     return folder
 
 
-def _ask_for_plain_attention(file: Path) -> None:
+def ask_for_plain_attention(file: Path) -> None:
     """Transformers before 5.21 chooses a fused attention for Gemma 2, which leaves out the capping of its scores."""
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"attn_implementation": "eager"}), encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Residuals of every block and position as the package gives them, and what it may say where a class has others."""
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from decoders import Decoder
+from kinds import HAS_HOOKED_TRANSFORMER
+from oracle import relative_error
+from torch import Tensor
+
+from tl_persona.backends import open_backend
+from tl_persona.errors import ModelError
+from tl_persona.plan import Sample
+
+TOLERANCE = 1e-5
+"""Of a residual in float32, relative to its norm; right classes stay below a third of it."""
+
+RELEASE = importlib.metadata.version("transformer-lens")
+_RELEASES = RELEASE, importlib.metadata.version("transformers")
+_SEEN_WITH = ("3.9.", "4.3."), ("5.24.",)
+
+RIGHT, REFUSED, MISSING = "right", "refused", "missing"
+
+
+def residuals(model: Any, texts: Sequence[Tensor], tokenizer: Any = None) -> list[Tensor]:
+    """Residuals after every block, for each text of shape (layer, pos, d_model): a mask a position, all in one plan."""
+    backend = open_backend(model, tokenizer=tokenizer)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(backend.facts.n_layers)]
+    samples = [Sample(f"text {n}", ids, torch.eye(len(ids), dtype=torch.bool)) for n, ids in enumerate(texts)]
+    pooled = dict(backend.pool(backend.plan(samples), names))
+    return [pooled[n].transpose(0, 1) for n in range(len(samples))]
+
+
+def outcome(run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> str:
+    """What came of a run: its numbers are the expected ones, or it refuses in a way that says why.
+
+    Anything else fails: other numbers, an error of another kind, and one that leaves out what has to be said.
+    """
+    try:
+        found = run()
+    except ModelError as error:
+        return _kind_of_refusal(error)
+    assert len(found) == len(expected)
+    errors = [relative_error(got, wanted) for got, wanted in zip(found, expected, strict=True)]
+    assert max(errors) < TOLERANCE, f"wrong numbers, in silence; the error of each text: {errors}"
+    return RIGHT
+
+
+def _kind_of_refusal(error: ModelError) -> str:
+    message = str(error)
+    if re.search("has no bridge for|has no HookedTransformer|cannot make a HookedTransformer|cannot run", message):
+        return MISSING
+    assert re.search(r"\bblocks?[ .]\d", message), f"the error names no block: {message}"
+    sizes = re.findall(r"\bby (?:about )?(\d[\d.]*(?:e[+-]?\d+)?)", message)
+    assert any(float(size.rstrip(".")) > TOLERANCE for size in sizes), f"the error does not say by how much: {message}"
+    assert RELEASE in message, f"the error does not name TransformerLens {RELEASE}: {message}"
+    return REFUSED
+
+
+def allowed(decoder: Decoder, kind: str) -> Collection[str]:
+    """What may come of a decoder as `load_model` has it with this kind, by what is known of the releases at hand."""
+    if not all(release.startswith(known) for release, known in zip(_RELEASES, _SEEN_WITH, strict=True)):
+        return RIGHT, REFUSED, MISSING
+    both = ("hooked", "bridge") if HAS_HOOKED_TRANSFORMER else ("bridge",)
+    states = {_state(decoder, each) for each in (both if kind == "auto" else (kind,))}
+    if RIGHT in states:  # "auto" goes on to it
+        return (RIGHT,)
+    return (RIGHT, *states) if REFUSED in states else (MISSING,)
+
+
+def _state(decoder: Decoder, kind: str) -> str:
+    name = f"{kind} {'.'.join(RELEASE.split('.')[:2])}"
+    if name in decoder.missing:
+        return MISSING
+    return REFUSED if name in decoder.wrong else RIGHT
