@@ -224,7 +224,7 @@ def test_notes_in_a_safetensors_header_do_not_count(tmp_path: Path) -> None:
 # --- GGUF ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alignment", [None, 64])
+@pytest.mark.parametrize("alignment", [None, 2048])
 def test_of_a_gguf_file_the_ends_and_the_middle_of_every_tensor_count(alignment: int | None, tmp_path: Path) -> None:
     tensors = {
         "blk.0.attn.weight": noise(0, 96, 128),
@@ -237,7 +237,7 @@ def test_of_a_gguf_file_the_ends_and_the_middle_of_every_tensor_count(alignment:
     path = a_gguf(tmp_path / "m.gguf", tensors, alignment, **{"tokenizer.ggml.tokens": ["a", "é", ""]})
     for tensor in gguf.GGUFReader(path).tensors:
         start, size = int(tensor.data_offset), int(tensor.n_bytes)
-        for place in {0, size // 2, size - 1, min(size, BLOCK) - 1, max(0, size - BLOCK + 64)}:
+        for place in {0, size // 2, size - 1, min(size, BLOCK) - 1, max(0, size - BLOCK + (alignment or 32))}:
             assert is_noticed(path, start + place), (tensor.name, place)
         if size > 4 * BLOCK:
             for place in (BLOCK, size // 2 - BLOCK, size // 2 + BLOCK, size - BLOCK - 64):
@@ -355,7 +355,7 @@ def test_a_header_that_claims_half_a_gibibyte_is_not_read(
 def test_a_json_file_counts_to_its_last_byte_however_large_it_is(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(b" " * (3 * MIB))
-    for place in (0, MIB + 5, 2 * MIB - 3, 3 * MIB - 1):
+    for place in (0, *range(MIB, MIB + 4 * BLOCK, BLOCK // 2), 3 * MIB - 1):
         assert is_noticed(path, place)
 
 
@@ -392,7 +392,7 @@ def test_any_bytes_have_a_fingerprint_to_which_every_byte_counts(suffix: str, da
 @pytest.mark.parametrize(
     "header",
     [
-        b"[" * 100_000,
+        b'{"a": ' + b"[" * 100_000,
         b"[]",
         b'{"a": 1}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
