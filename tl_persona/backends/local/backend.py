@@ -128,7 +128,7 @@ class LocalBackend:
             NonFiniteError: A pooled activation holds NaN or infinity.
         """
         names = list(hook_names)
-        require_same(self.model, max((len(sample.input_ids) for sample in plan.given), default=0))
+        require_same(self.model, max((len(sample.input_ids) for sample in plan.given), default=0), names)
         modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
         with torch.no_grad(), evaluating(modules):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])

@@ -6,6 +6,7 @@ a plan first crosses a longer length at which the model may change its ways. Wha
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from tl_persona.backends.local.verdicts import Difference, VerdictFile
 from tl_persona.backends.shortcuts import tolerance_of
 from tl_persona.errors import HookError, InputError, ModelMismatchError
 from tl_persona.models.facts import HookedModel
+from tl_persona.models.hooks import layer_of
 from tl_persona.plan.plan import make_plan
 from tl_persona.plan.rows import Pass, Row, Segment
 from tl_persona.provenance import software_versions
@@ -53,6 +55,7 @@ class Check:
         reason: Why there is nothing.
         lengths: At which the model may change its ways, as its configuration names them.
         compared: Lengths of the texts that it was compared on.
+        sites: Hooks that were compared beside the residuals after blocks.
         verdicts: Where verdicts are kept for other processes.
         reopen: Loads the reference again, for a class that keeps no weights in common with it.
     """
@@ -61,9 +64,13 @@ class Check:
     reason: str = ""
     lengths: tuple[int, ...] = ()
     compared: list[int] = field(default_factory=list)
+    sites: set[str] = field(default_factory=set)
     verdicts: VerdictFile | None = None
     reopen: Callable[[], Any] | None = None
 
+
+_COMPARABLE = re.compile(r"(blocks\.\d+\.)?hook_(resid_pre|resid_mid|attn_out|mlp_out|embed)")
+"""Hooks beside the residual after a block that stand for a value which passes between modules in transformers."""
 
 _CHECKS: "WeakKeyDictionary[Any, Check]" = WeakKeyDictionary()
 
@@ -88,6 +95,7 @@ def forget_comparisons(model: HookedModel, *, keep_reference: bool) -> None:
         check.reference = None
     if check.reference is not None or not keep_reference:  # a class with weights of its own stays the function it was
         check.compared.clear()
+        check.sites.clear()
     if check.reference is None:
         check.reason = check.reason or "it has changed since it was loaded"
 
@@ -107,12 +115,13 @@ def check_note(model: HookedModel) -> str:
     return "compared with transformers"
 
 
-def require_same(model: HookedModel, longest: int = 0) -> None:
+def require_same(model: HookedModel, longest: int = 0, names: Sequence[str] = ()) -> None:
     """Compares a model, if it was not yet, at the length for a first use and at those that a text crosses.
 
     Args:
         model: A hooked model.
         longest: Tokens of the longest text that is to run.
+        names: Hooks that are to be read; those other than residuals after a block are compared when first asked for.
 
     Raises:
         ModelMismatchError: It differs from the transformers model.
@@ -123,6 +132,9 @@ def require_same(model: HookedModel, longest: int = 0) -> None:
     for n_tokens in lengths_to_compare(check.lengths, int(getattr(model.cfg, "n_ctx", 0) or 0), longest):
         if not any(_speaks_for(done, n_tokens, check.lengths) for done in check.compared):
             _compare_at(model, check, n_tokens)
+    asked = [name for name in names if _COMPARABLE.fullmatch(name) and name not in check.sites]
+    if asked and check.compared:
+        _compare_sites(model, check, asked)
 
 
 def lengths_to_compare(lengths: Sequence[int], n_ctx: int, longest: int) -> list[int]:
@@ -154,14 +166,43 @@ def _speaks_for(done: int, n_tokens: int, lengths: Sequence[int]) -> bool:
     return not any(low <= length < high for length in lengths)
 
 
+def _opened(check: Check) -> Reference | None:
+    if check.reference is None and check.reopen is not None:
+        return Reference(check.reopen())
+    return check.reference
+
+
+def _compare_sites(model: HookedModel, check: Check, names: Sequence[str]) -> None:
+    n_tokens = min(check.compared)
+    known: dict[str, Difference] = {}
+    for name in names:
+        kept = None if check.verdicts is None else check.verdicts.get(n_tokens, name)
+        if kept is not None:
+            known[name] = kept
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        try:
+            reference = _opened(check)
+            if reference is None:
+                return
+            known |= site_differences(model, reference, n_tokens, unknown)
+        except NoReferenceError as error:
+            logging.getLogger("tl_persona").info("%s are not compared: %s", ", ".join(unknown), error)
+            return
+    for name, verdict in known.items():
+        if check.verdicts is not None and name in unknown:
+            check.verdicts.put(n_tokens, verdict, name)
+        if not verdict.holds:
+            raise mismatch(model, verdict)
+        check.sites.add(name)
+
+
 def _compare_at(model: HookedModel, check: Check, n_tokens: int) -> None:
     known = None if check.verdicts is None else check.verdicts.get(n_tokens)
     if known is None:
-        reference = check.reference
-        if reference is None:
-            assert check.reopen is not None
-            reference = Reference(check.reopen())
         try:
+            reference = _opened(check)
+            assert reference is not None
             known = difference(model, reference, n_tokens)
         except NoReferenceError as error:
             check.reference, check.reopen, check.reason = None, None, str(error)
@@ -225,6 +266,39 @@ def difference(model: HookedModel, reference: Reference, n_tokens: int) -> Diffe
     return Difference(
         reference=reference.name, n_tokens=n_tokens, hook=where, worst=worst, allowed=allowed, holds=worst <= allowed
     )
+
+
+@torch.no_grad()
+def site_differences(
+    model: HookedModel, reference: Reference, n_tokens: int, names: Sequence[str]
+) -> dict[str, Difference]:
+    """For each hook the relative difference from the nearest value that passes between modules of that decoder layer.
+
+    Raises:
+        NoReferenceError: There is nothing to compare with.
+    """
+    vocabulary = min(int(model.cfg.d_vocab), reference.vocabulary)
+    ids = _sample(n_tokens, vocabulary, reference.special_ids)[:1]
+    positions = _positions(n_tokens)
+    got = _captured(model, ids[0], names, positions)
+    inside = reference.values_inside(ids, positions)
+    centred = "center_writing_weights" in weights_processing(model)
+    dtype = dtype_of(model)
+    exact = dtype in ("float32", "float64")
+    allowed = tolerance_of(dtype) * (10 if weights_processing(model) != "unprocessed" else 1)
+    verdicts = {}
+    for name, value in got.items():
+        candidates = inside.get(layer_of(name), [])
+        worst = min((_relative(value, one, centred, exact) for one in candidates), default=float("inf"))
+        verdicts[name] = Difference(
+            reference=reference.name,
+            n_tokens=n_tokens,
+            hook=name,
+            worst=worst,
+            allowed=allowed,
+            holds=worst <= allowed,
+        )
+    return verdicts
 
 
 def _captured(

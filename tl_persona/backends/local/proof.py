@@ -278,8 +278,8 @@ def _run(
 def _witnesses(plan: Plan, each: Pass, critical_lengths: Sequence[int]) -> list[_Witness]:
     """The longest text with others before it in its row, or else in its pass.
 
-    The longest and the shortest of all too, where the model may treat them differently; and where nothing is shared,
-    the longest in any case, of which most may have been cut.
+    The longest on every other side of the lengths at which the model may treat a text differently too: a shorter one
+    may be too short to show it. And where nothing is shared, the longest of all, of which most may have been cut.
     """
     ranked: list[tuple[tuple[bool, bool, int], _Witness]] = []
     for row_index, row in enumerate(each.rows):
@@ -289,8 +289,9 @@ def _witnesses(plan: Plan, each: Pass, critical_lengths: Sequence[int]) -> list[
             ranked.append(((crowded, row_index > 0, segment.stop), _Witness(row_index, member, segment.stop, given)))
     exposed = max(ranked)[1]
     texts = [witness for _, witness in ranked]
-    shortest, longest = min(texts, key=lambda text: text.stop), max(texts, key=lambda text: text.given)
-    found = {sides(critical_lengths, text.stop, text.given): text for text in (shortest, longest, exposed)}
+    longest = max(texts, key=lambda text: text.given)
+    by_length = sorted(texts, key=lambda text: (text.stop, text.given))
+    found = {sides(critical_lengths, text.stop, text.given): text for text in (*by_length, exposed)}
     shares = each.context is not None or each.packed
     return list(dict.fromkeys([*found.values(), *([] if shares else [longest])]))
 

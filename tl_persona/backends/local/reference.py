@@ -53,7 +53,7 @@ class Reference:
     def __init__(self, hf_model: Any, *, own_weights: bool = False) -> None:
         self.name = type(hf_model).__name__
         self.owns_weights = own_weights
-        self.model = twin_of(hf_model, own_weights=own_weights)
+        self.model = twin_of(hf_model, own_weights=own_weights).eval()  # modes are of modules, which are its own
         self.lengths = tuple(sorted(set(lengths_named(hf_model.config.to_dict()))))
         self._layers: Sequence[torch.nn.Module] = ()
 
@@ -96,6 +96,37 @@ class Reference:
             raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
         pairs = [seen[number] for number in range(len(self._layers))]
         return Residuals(torch.stack([taken for taken, _ in pairs]), torch.stack([given for _, given in pairs]))
+
+    def values_inside(
+        self, ids: Int[Tensor, "row pos"], positions: Sequence[int]
+    ) -> dict[int | None, list[Float[Tensor, "pos d_model"]]]:
+        """Whatever passes between modules and is as wide as the stream: by decoder layer, None for those outside.
+
+        Raises:
+            NoReferenceError: As `residuals`.
+        """
+        width = self.residuals(ids[:, :1], [0]).after.shape[-1]
+        inside = {id(part): number for number, layer in enumerate(self._layers) for part in layer.modules()}
+        index = torch.tensor(list(positions))
+        found: dict[int | None, list[Tensor]] = {}
+
+        def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            given = output if isinstance(output, tuple | list) else (output,)
+            for value in (*args, *kwargs.values(), *given):
+                if isinstance(value, Tensor) and value.is_floating_point() and value.numel() == ids.shape[1] * width:
+                    tokens = value.detach().reshape(ids.shape[1], width)
+                    picked = tokens[index.to(tokens.device)].cpu().double()
+                    found.setdefault(inside.get(id(module)), []).append(picked)
+
+        handles = [module.register_forward_hook(look, with_kwargs=True) for module in self.model.modules()]
+        try:
+            self._run(ids)
+        except _WroteWeightsError as error:
+            raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     def _find_layers(self) -> None:
         lists = [

@@ -68,15 +68,15 @@ class VerdictFile:
         """Whether there is any verdict."""
         return bool(self._read())
 
-    def get(self, n_tokens: int) -> Difference | None:
-        """What came of comparing at this length; None where that is not known."""
-        return self._read().get(str(n_tokens))
+    def get(self, n_tokens: int, hook: str = "") -> Difference | None:
+        """What came of comparing at this length, all blocks or one other hook; None where that is not known."""
+        return self._read().get(f"{n_tokens} {hook}".strip())
 
-    def put(self, n_tokens: int, verdict: Difference) -> None:
+    def put(self, n_tokens: int, verdict: Difference, hook: str = "") -> None:
         """Keep a verdict, if the file system lets."""
         if self._file is None:
             return
-        stored = _Stored(self._key, {**self._read(), str(n_tokens): verdict})
+        stored = _Stored(self._key, {**self._read(), f"{n_tokens} {hook}".strip(): verdict})
         try:
             make_folder(self._file.parent)
             write_atomically(self._file, msgspec.json.encode(stored))
