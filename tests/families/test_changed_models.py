@@ -12,7 +12,7 @@ import pytest
 import torch
 from decoders import load_decoder
 from hooked_residuals import REFUSED, RIGHT, outcome, residuals
-from oracle import relative_error
+from oracle import relative_error, some
 from torch import Tensor
 
 from tl_persona import load_model
@@ -26,8 +26,8 @@ class Adapter(torch.nn.Module):
     def __init__(self, base: Any, n_in: int, n_out: int) -> None:
         super().__init__()
         self.base_layer, self.on = base, True
-        self.down = torch.nn.Parameter(0.2 * torch.randn(n_in, 4))
-        self.up = torch.nn.Parameter(0.2 * torch.randn(4, n_out))
+        self.down = torch.nn.Parameter(0.2 * some(0, n_in, 4))
+        self.up = torch.nn.Parameter(0.2 * some(1, 4, n_out))
 
     @property
     def weight(self) -> Tensor:
@@ -50,7 +50,6 @@ def _adapt(model: Any, *names: str) -> None:
     for name in names:
         base = model.get_submodule(name)
         n_in, n_out = base.weight.shape if _is_conv1d(base) else base.weight.shape[::-1]
-        torch.manual_seed(0)
         model.set_submodule(name, Adapter(base, n_in, n_out))
 
 
