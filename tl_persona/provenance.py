@@ -144,8 +144,13 @@ def deciding_scheme(one: Mapping[str, str], other: Mapping[str, str]) -> str | N
     return next((scheme for scheme in one if scheme in other), None)
 
 
-def conflicts(recorded: Provenance, current: Provenance) -> list[str]:
+def conflicts(recorded: Provenance, current: Provenance, *, weights_only: bool = False) -> list[str]:
     """Why two vectors may not lie in one folder: they are known to be of other weights or under other interventions.
+
+    Args:
+        recorded: Of one.
+        current: Of the other.
+        weights_only: Whether interventions are left out.
 
     Returns:
         One line for each of both, which names both sides; none where they are alike, or it is not known.
@@ -164,7 +169,7 @@ def conflicts(recorded: Provenance, current: Provenance) -> list[str]:
         what = scheme if scheme == _REVISION else "weights_digest"
         lines.append(f"{what}: {recorded.identity[scheme]!r} is now {current.identity[scheme]!r}")
     there, here = recorded.known_interventions, current.known_interventions
-    if there is not None and here is not None and there != here:
+    if not weights_only and there is not None and here is not None and there != here:
         lines.append(f"interventions: {there or 'none'!r} is now {here or 'none'!r}")
     return lines
 

@@ -326,3 +326,43 @@ def test_a_hooked_transformer_and_its_bridge_have_one_digest(tiny_llama: Path) -
     kinds = ["bridge", "hooked"] if HAS_HOOKED_TRANSFORMER else ["bridge"]
     digests = {source_of(load_model(tiny_llama, kind=kind)).weights_digest for kind in kinds}
     assert len(digests) == 1 and next(iter(digests)).startswith("values:")
+
+
+# --- other hooks ---------------------------------------------------------------------------------------------------
+
+
+def hook_of_block(name: str) -> list[str]:
+    return [f"blocks.1.{name}"]
+
+
+@pytest.mark.parametrize("name", ["hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out"])
+def test_a_hook_inside_a_block_is_compared_when_it_is_first_asked_for(
+    name: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    compare = check.site_differences
+    monkeypatch.setattr(check, "site_differences", lambda *a: compared.append(a[3]) or compare(*a))
+    model = load_model(tiny_llama, kind="bridge")
+    pool(model, persona())
+    assert not compared
+    pool(model, persona(), hook_of_block(name))
+    pool(model, persona(), hook_of_block(name))
+    assert compared == [hook_of_block(name)]
+
+
+@pytest.fixture
+def granite(tmp_path: Path) -> Path:
+    """What attention and MLP add is multiplied, and a bridge's hooks lie behind the multiplication."""
+    folder = build_tiny("llama", tmp_path / "checkpoint")
+    config = transformers.GraniteConfig(**SIZES, residual_multiplier=0.5, bos_token_id=None, eos_token_id=1)
+    torch.manual_seed(0)
+    transformers.GraniteForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_hook_that_stands_for_no_value_in_transformers_is_refused_and_the_others_are_not(granite: Path) -> None:
+    model = load_model(granite, kind="bridge")
+    pool(model, persona())
+    pool(model, persona(), hook_of_block("hook_resid_mid"))
+    with pytest.raises(ModelMismatchError, match=r"blocks\.1\.hook_attn_out differs by 0\.5"):
+        pool(model, persona(), hook_of_block("hook_attn_out"))

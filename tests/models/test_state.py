@@ -17,9 +17,7 @@ from tl_persona.models.state import identity_digest, state_of, values_digest
 def build(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(
-        LlamaConfig(**{**sizes, "num_key_value_heads": 2, "tie_word_embeddings": False, **settings})
-    )
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=False))
 
 
 def weight(model: Any, path: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_persona import ContrastPair, Persona, QAPair, SteeringVector, extract_caa_vectors, run_extraction
 from tl_persona.backends import open_backend
-from tl_persona.backends.local import boot
+from tl_persona.backends.local import inspection
 from tl_persona.backends.local.backend import LocalBackend
 from tl_persona.checking import check_saved
 from tl_persona.errors import StoreMismatchError
@@ -106,12 +107,12 @@ def values_of(model: Any) -> str:
 @pytest.fixture
 def by_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are known by their values and by nothing else."""
-    facts_of = boot.facts_of
+    facts_of = inspection.facts_of
 
     def known(model: Any) -> ModelFacts:
         return dataclasses.replace(facts_of(model), revision=None, weights_digest=values_of(model))
 
-    monkeypatch.setattr(boot, "facts_of", known)
+    monkeypatch.setattr(inspection, "facts_of", known)
 
 
 @pytest.fixture
@@ -214,8 +215,8 @@ def test_a_vector_of_unknown_weights_is_computed_again_once(model: Any, runs: Ru
 def test_a_model_of_unknown_weights_is_computed_every_time(
     model: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = dataclasses.replace(boot.facts_of(model), revision=None, weights_digest=None)
-    monkeypatch.setattr(boot, "facts_of", lambda _model: facts)
+    facts = dataclasses.replace(inspection.facts_of(model), revision=None, weights_digest=None)
+    monkeypatch.setattr(inspection, "facts_of", lambda _model: facts)
     runs(model)
     for _ in range(2):
         assert runs(model) == (True, ("which weights it is of is not recorded",))
@@ -265,18 +266,18 @@ def test_a_steered_vector_is_never_taken_for_the_plain_models(model: Any, runs: 
     vector = SteeringVector("calm", 1, torch.ones(model.cfg.d_model), model.cfg.model_name)
     with vector.steer(model, 4.0):
         runs(model)
+        assert runs(model) == (False, ())  # the same vector acts again
     assert relative_error(runs.load(), plain.load()) > 1e-2
-    try:
-        extracted, _ = runs(model)
-    except StoreMismatchError:  # where it is known what acted
-        extracted, _ = runs(model, force=True)
-    assert extracted and relative_error(runs.load(), plain.load()) < 1e-5
+    with vector.steer(model, 2.0):
+        assert runs(model)[0]
+    extracted, (reason,) = runs(model)
+    assert extracted and re.fullmatch(r"interventions: '[0-9a-f]{16}' is now 'none'", reason)
+    assert relative_error(runs.load(), plain.load()) < 1e-5
 
 
-@pytest.mark.parametrize("persona", [0, 1])
 @pytest.mark.parametrize(("stored", "now"), [("3f", ""), ("", "3f"), ("3f", "4a")])
-def test_known_interventions_that_differ_are_refused_before_the_model_runs(
-    stored: str, now: str, persona: int, model: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch
+def test_known_interventions_replace_a_personas_own_vector_and_do_not_lie_beside_others(
+    stored: str, now: str, model: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acting = [stored]
     monkeypatch.setattr(LocalBackend, "interventions", property(lambda _self: acting[0]))
@@ -285,9 +286,10 @@ def test_known_interventions_that_differ_are_refused_before_the_model_runs(
     acting[0] = now
     line = f"interventions: '{stored or 'none'}' is now '{now or 'none'}'"
     with no_pass(monkeypatch), pytest.raises(StoreMismatchError, match=f"{line}.*{WAYS_OUT}"):
-        runs(model, persona)
-    assert runs(model, persona, force=True)[0]
-    assert runs.recorded(persona).interventions == now
+        runs(model, 1)
+    assert runs(model, 1, force=True)[0]
+    assert runs.recorded(1).interventions == now
+    assert runs(model, 0) == (True, (line,))  # beside one of its own kind
 
 
 @BOTH_KINDS
@@ -302,8 +304,8 @@ def test_a_backend_says_what_acts_on_the_model_at_the_moment(kind: str, tiny_hoo
 
 
 def test_steering_vectors_record_both(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = dataclasses.replace(boot.facts_of(model), revision=None, weights_digest="values:1")
-    monkeypatch.setattr(boot, "facts_of", lambda _model: facts)
+    facts = dataclasses.replace(inspection.facts_of(model), revision=None, weights_digest="values:1")
+    monkeypatch.setattr(inspection, "facts_of", lambda _model: facts)
     pairs = [ContrastPair("yes, tea", "no tea"), ContrastPair("good tea", "bad tea")]
 
     def found() -> Provenance:

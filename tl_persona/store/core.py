@@ -254,6 +254,7 @@ class StoredVectors(Shown):
         """Check that what is stored in a folder is of the weights and under the interventions of `provenance`.
 
         Looks at the persona's own file and at others, up to one that says what it is of; what that says is remembered.
+        Of its own file the weights alone count: under other interventions it is replaced, as with other prompts.
 
         Raises:
             StoreMismatchError: It is known to be of others; where that is not known, nothing is raised.
@@ -262,13 +263,13 @@ class StoredVectors(Shown):
         path = self._file(prompt_variant, persona_id, mask_strategy)
         own = _recorded(path)
         if own is not None:
-            _refuse_conflict(path, own, provenance)
+            _refuse(path, conflicts(own, provenance, weights_only=True))
         folder = path.parent
         known = self._identified.get(folder)
         if known is not None and not conflicts(known, provenance):
             return
-        for other, recorded in some_recorded(folder):
-            _refuse_conflict(other, recorded, provenance)
+        for other, recorded in some_recorded(folder, but=path):
+            _refuse(other, conflicts(recorded, provenance))
             if is_identified(recorded):
                 self._identified[folder] = recorded
 
@@ -370,8 +371,7 @@ def _recorded(path: Path) -> Provenance | None:
         return None
 
 
-def _refuse_conflict(path: Path, recorded: Provenance, provenance: Provenance) -> None:
-    found = conflicts(recorded, provenance)
+def _refuse(path: Path, found: list[str]) -> None:
     if found:
         raise StoreMismatchError(
             f"{path} is of another model or under other interventions ({'; '.join(found)}), and a folder holds vectors "

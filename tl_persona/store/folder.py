@@ -89,13 +89,17 @@ def any_header(folder: Path) -> ArtifactHeader | None:
     return next(_headers(folder), None)
 
 
-def some_recorded(folder: Path) -> Iterator[tuple[Path, Provenance]]:
+def some_recorded(folder: Path, but: Path) -> Iterator[tuple[Path, Provenance]]:
     """A few files and their provenance, up to the first that says all of which weights it is of and what acted.
+
+    Args:
+        folder: The folder.
+        but: A file in it that is passed over.
 
     Raises:
         StoreError: The folder cannot be read.
     """
-    for header in islice(_headers(folder), _FEW):
+    for header in islice((header for header in _headers(folder) if header.source != but), _FEW):
         provenance = header.provenance
         if provenance is not None:
             yield header.source, provenance
