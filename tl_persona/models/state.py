@@ -108,6 +108,12 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hasher.hexdigest()[:16]
 
 
+def digest_beside(model: torch.nn.Module, other: torch.nn.Module) -> str:
+    """The digest of those parameters of a model that another does not share with it."""
+    shared = {id(parameter) for parameter in other.parameters()}
+    return _digest((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in shared)
+
+
 def identity_digest(model: torch.nn.Module) -> str:
     """As `values_digest`, with the settings that decide what is computed: numbers, flags and names of adapters.
 

@@ -5,23 +5,33 @@ what it is.
 """
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 from tl_persona.backends.local import check, proof, trial
 from tl_persona.backends.local.inspection import name_of
 from tl_persona.models.facts import HookedModel, ModelSource, remember_source, source_of
-from tl_persona.models.state import ModelState, identity_digest, state_of
+from tl_persona.models.state import ModelState, digest_beside, identity_digest, state_of
 
 _STATES: "WeakKeyDictionary[Any, ModelState]" = WeakKeyDictionary()
-_AS_LOADED: "WeakKeyDictionary[Any, tuple[ModelState, ModelSource]]" = WeakKeyDictionary()
+_AS_LOADED: "WeakKeyDictionary[Any, _Loaded]" = WeakKeyDictionary()
+
+
+class _Loaded(NamedTuple):
+    """What a model was when it was loaded; `beside` are weights that its class has beyond the transformers model's."""
+
+    state: ModelState
+    source: ModelSource
+    beside: str | None
 
 
 def remember_loaded(model: HookedModel, source: ModelSource) -> None:
     """Remember what a model is that was just loaded, hooks and what it makes as it runs aside."""
     remember_source(model, source)
     _STATES[model] = _state(model)
-    _AS_LOADED[model] = _STATES[model], source
+    reference = check.known_check(model).reference
+    beside = None if reference is None else digest_beside(cast(Any, model), reference.model)
+    _AS_LOADED[model] = _Loaded(_STATES[model], source, beside)
 
 
 def look_again(model: HookedModel) -> None:
@@ -45,8 +55,8 @@ def look_again(model: HookedModel) -> None:
     reference = check.known_check(model).reference if only_values else None
     check.forget_comparisons(model, keep_reference=only_values)
     loaded = _AS_LOADED.get(model)
-    if loaded is not None and loaded[0] == now:  # a setting was put back
-        remember_source(model, loaded[1])
+    if loaded is not None and loaded.state == now:  # a setting was put back
+        remember_source(model, loaded.source)
         return
     name, architecture = (name_of(model), None) if source is None else (source.name, source.architecture)
     remember_source(model, ModelSource(name, None, _digest(model, reference), architecture))
@@ -57,9 +67,8 @@ def _state(model: Any) -> ModelState:
 
 
 def _digest(model: Any, reference: Any) -> str:
-    """The digest of a model's values: over those of the transformers model where it computes with nothing else."""
-    if reference is not None:
-        shared = {id(parameter) for parameter in reference.model.parameters()}
-        if all(id(parameter) in shared for parameter in model.parameters()):
-            return f"values:{identity_digest(reference.model)}"
+    """The digest of a model's values: over those of the transformers model where all else is as it was loaded."""
+    loaded = _AS_LOADED.get(model)
+    if reference is not None and loaded is not None and digest_beside(model, reference.model) == loaded.beside:
+        return f"values:{identity_digest(reference.model)}"
     return f"{type(model).__name__} values:{identity_digest(model)}"
