@@ -304,5 +304,5 @@ def converted(data: Any, kind: type[_T], source: Path) -> _T:
     """
     try:
         return msgspec.convert(data, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as error:  # a key may hold a lone surrogate
         raise CorruptFileError(f"{source}: not what is expected there: {error}") from error

@@ -204,6 +204,7 @@ def test_a_file_written_by_hand_loads(tmp_path: Path) -> None:
         (b'{"behavior": ["x"], "pairs": []}', "behavior is \\['x'\\]; name what the positive side shows"),
         (b'{"behavior": "x", "pairs": [{"positive": "a", "negative": ""}]}', "pair 0: the negative text is empty"),
         (b'{"behavior": "x", "pairs": [7]}', "pair 0: no 'positive' in 7"),
+        (b'{"behavior": "x", "pairs": [{"positive": "a", "negative": "b"}, []]}', r"pair 1: no 'positive' in \[\]"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

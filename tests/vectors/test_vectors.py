@@ -381,6 +381,12 @@ def test_names_that_no_file_can_have_are_our_errors(tmp_path: Path, name: str) -
             load()
 
 
+def test_a_key_that_is_no_unicode_is_not_what_is_expected_there(tmp_path: Path) -> None:
+    write_rotalabs(tmp_path / "v", torch.ones(2), **{"\ud800behavior": "calm"})
+    with pytest.raises(CorruptFileError, match=r"v\.json: not what is expected there"):
+        SteeringVector.load(tmp_path / "v.pt")
+
+
 def test_a_file_of_holes_that_claims_any_size_is_not_read(tmp_path: Path) -> None:
     a_set(1).save(tmp_path)
     for name in ("v.safetensors", "v.json", "v.gguf", "metadata.json"):

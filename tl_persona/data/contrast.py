@@ -342,6 +342,9 @@ def from_json(data: Any, source: str) -> ContrastPairDataset:
     behavior = data.get("behavior", "")
     if not isinstance(behavior, str):
         raise InputError(f"{source}: behavior is {reprlib.repr(behavior)}; name what the positive side shows")
+    for index, pair in enumerate(data["pairs"]):
+        if not isinstance(pair, dict):
+            raise InputError(f"{source}: pair {index}: no 'positive' in {reprlib.repr(pair)}")
     try:
         return ContrastPairDataset(behavior, data["pairs"], str(data.get("description", "")))
     except InputError as error:
