@@ -14,20 +14,19 @@ from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from tl_persona.backends.base import JOURNAL_FOLDER, Backend, OnStatus
 from tl_persona.backends.choice import open_backend
-from tl_persona.data.personas import PersonaLike, QALike, system_prompt
+from tl_persona.data.personas import PersonaLike, QALike, answer_text, check_variants, system_prompt
 from tl_persona.display import token_progress
 from tl_persona.errors import InputError
-from tl_persona.models.facts import ModelFacts
 from tl_persona.models.hooks import LayerSelection, resolve_hooks
 from tl_persona.plan.plan import Plan
 from tl_persona.prompts.inputs import MaskedPrompts, PreparedInput, persona_prompts, prepare_inputs
 from tl_persona.prompts.masks import MaskStrategy, as_strategies
-from tl_persona.prompts.preview import print_masks
+from tl_persona.prompts.preview import print_masks, print_plan
+from tl_persona.prompts.reasoning import Reasoning, block_of
 from tl_persona.provenance import Provenance, provenance_of, software_versions
 from tl_persona.statistics.means import PersonaMean
 from tl_persona.store.store import PersonaVectorStore
@@ -73,6 +72,7 @@ class VariantJob:
         computed: The strategies that are computed; those of `todo`, and stored ones that share their passes.
         plan: What computes them; None where there is nothing to do.
         rows: For each sample of the plan, which of `computed`, by index, its mask rows belong to.
+        notes: What is noted of its prompts.
     """
 
     persona: PersonaLike
@@ -84,6 +84,7 @@ class VariantJob:
     computed: tuple[MaskStrategy, ...]
     plan: Plan | None
     rows: list[list[int]]
+    notes: Mapping[str, Any]
 
     @classmethod
     def prepare(
@@ -97,6 +98,7 @@ class VariantJob:
         *,
         force: bool,
         batch_tokens: int | None,
+        notes: Mapping[str, Any],
     ) -> "VariantJob":
         """Compares with what is stored and plans the rest.
 
@@ -117,7 +119,7 @@ class VariantJob:
         samples, rows = masked.samples(computed)
         plan = backend.plan(samples, batch_tokens=batch_tokens) if todo else None
         reasons = {name: found.reasons for name, found in status.items()}
-        return cls(persona, variant, masked, provenances, reasons, todo, computed, plan, rows)
+        return cls(persona, variant, masked, provenances, reasons, todo, computed, plan, rows, notes)
 
     def run(
         self,
@@ -141,7 +143,7 @@ class VariantJob:
             vectors = dict(zip(self.computed, means, strict=True))
         # Persona-only strategies first: what a kill leaves to do then has the wide passes in it (see `prepare`).
         for strategy in sorted(self.todo, key=lambda name: not name.persona_only):
-            notes = {**backend.notes, **software_versions()}
+            notes = {**backend.notes, **self.notes, **software_versions()}
             provenance = msgspec.structs.replace(self.provenances[strategy], notes=notes)
             store.save(
                 self.variant,
@@ -223,24 +225,6 @@ def strategy_provenance(
     )
 
 
-def print_plan(plan: Plan, facts: ModelFacts, n_hooks: int, *, console: Console | None = None) -> None:
-    """Prints what a plan is predicted to cost: tokens given, computed and padded, and the largest pass's activations.
-
-    Args:
-        plan: From the backend that will run it; a shortcut that turns out not to be exact there costs more.
-        facts: Of the model.
-        n_hooks: How many hooks are read.
-        console: Where to print; None is standard output.
-    """
-    itemsize = getattr(torch, facts.dtype).itemsize
-    megabytes = plan.peak_bytes(n_hooks, facts.d_model, itemsize) / 1e6
-    (console or Console(highlight=False, markup=False)).print(
-        f"plan: {plan.tokens:,} tokens, of which {plan.tokens_distinct:,} are computed and "
-        f"{plan.tokens_run - plan.tokens_distinct:,} are padding, in {len(plan.passes)} passes ({plan.sharing} "
-        f"prefixes); activations of the largest pass: {megabytes:,.0f} MB"
-    )
-
-
 __all__ = [
     "ExtractionResult",
     "MaskStrategy",
@@ -318,6 +302,7 @@ def run_extraction(
     show_progress: bool = True,
     store: PersonaVectorStore | None = None,
     tokenizer: Any = None,
+    reasoning: Reasoning = "include",
 ) -> list[ExtractionResult]:
     """Extracts one persona's vectors for every variant and strategy, and saves them.
 
@@ -344,6 +329,8 @@ def run_extraction(
         store: Where to save, in place of `activations_dir`; the caller flushes it. One store for many personas saves
             the bookkeeping that each call would do.
         tokenizer: Used in place of the model's own; a plain transformers model needs it.
+        reasoning: Whether a block of reasoning that an answer begins with counts as answer (see `prepare_inputs`);
+            recorded in the notes where an answer has one.
 
     Returns:
         One result for each variant and strategy, in that order.
@@ -357,10 +344,7 @@ def run_extraction(
         RemoteError: A remote run did not come to its end; run again to continue.
     """
     strategies = as_strategies(mask_strategy)
-    if isinstance(variants, str):
-        raise InputError(f"variants is the text {variants!r}: pass a sequence such as ({variants!r},)")
-    if not variants:
-        raise InputError("no prompt variant was given: pass at least one")
+    check_variants(variants)
     if not qa_pairs:
         raise InputError(f"persona {persona.id!r}: no question is left to extract from: widen the selection")
     with ExitStack() as stack:
@@ -371,10 +355,11 @@ def run_extraction(
         hook_names = resolve_hooks(layers, backend.facts.hook_names, backend.facts.n_layers)
         used = qa_pairs[:1] if all(strategy.persona_only for strategy in strategies) else qa_pairs
         interventions = backend.interventions
+        notes = {"reasoning": reasoning} if any(block_of(answer_text(qa)) for qa in used) else {}
         jobs = []
         for variant in variants:
-            system = system_prompt(persona, variant)
-            prompts = persona_prompts(backend.tokenizer, system, used, template_kwargs=template_kwargs)
+            system, kwargs = system_prompt(persona, variant), template_kwargs
+            prompts = persona_prompts(backend.tokenizer, system, used, template_kwargs=kwargs, reasoning=reasoning)
             masked = MaskedPrompts(prompts, strategies)
             if verbose:
                 print_masks(masked, strategies, title=f"{persona.name} · {variant}")
@@ -383,7 +368,15 @@ def run_extraction(
                 for name in strategies
             }
             job = VariantJob.prepare(
-                backend, target, persona, variant, masked, provenances, force=force, batch_tokens=batch_tokens
+                backend,
+                target,
+                persona,
+                variant,
+                masked,
+                provenances,
+                force=force,
+                batch_tokens=batch_tokens,
+                notes=notes,
             )
             if verbose and job.plan is not None:
                 print_plan(job.plan, backend.facts, len(hook_names))

@@ -16,12 +16,11 @@ from tokenizer_kinds import fast_tokenizer
 from transformers import AutoTokenizer
 
 from tl_persona.data.personas import QAPair
-from tl_persona.extraction import print_plan
 from tl_persona.models.facts import ModelFacts
 from tl_persona.plan import Sample, Sharing, make_plan
 from tl_persona.prompts.inputs import MaskedPrompts, persona_prompts
 from tl_persona.prompts.masks import MaskStrategy, build_mask
-from tl_persona.prompts.preview import legend, masked_text, print_masks
+from tl_persona.prompts.preview import legend, masked_text, print_masks, print_plan
 from tl_persona.prompts.prompt import Prompt
 
 SYSTEM = "You are Mara, a retired keeper.\nYou speak\tplainly, and you have [b]kept[/b] the light for thirty years. 🌊"

@@ -26,7 +26,7 @@ from templates import DEFAULT_SYSTEM, UNREADABLE, Behaviour, in_text
 from tokenizer_kinds import SPECIAL, TOKENIZERS, fast_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from tl_persona.errors import PromptError
+from tl_persona.errors import InputError, PromptError
 from tl_persona.prompts.prepare import Chat, prepare_messages, prepare_prompts
 from tl_persona.prompts.prompt import Span
 from tl_persona.prompts.template import require_chat_tokenizer, template_digest
@@ -159,6 +159,83 @@ def test_an_empty_think_block_that_the_template_takes_off_and_writes_again_is_it
     prompt = one(tokenizer, "You are Mara.", "Who?", "<think>\n\n</think>\n\nA")
     assert prompt.prompt_text.count("<think>") == 1
     assert said(prompt) == ["You are Mara.", "Who?", "A"]
+
+
+REASONED = "<think>\nA or B? Mara would say B.\n</think>\n\nB, of course."
+SHOWS_REASONING = pytest.mark.parametrize(
+    "name", ["qwen3", "think_parsed", "content_as_it_is", "think_added_if_absent"]
+)
+
+
+@SHOWS_REASONING
+def test_reasoning_that_the_model_wrote_and_the_template_shows_counts_as_answer(name: str) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME[name].template
+    prompt = one(tokenizer, "You are Mara.", "A or B?", REASONED)
+    assert prompt.prompt_text.count("<think>") == 1
+    assert said(prompt) == ["You are Mara.", "A or B?", REASONED]
+    assert prompt.rewritten == () and prompt.proof.exact
+    verify(prompt, tokenizer)
+
+
+@SHOWS_REASONING
+def test_reasoning_can_be_left_out_and_the_answer_then_begins_behind_it(name: str) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME[name].template
+    kept = one(tokenizer, "You are Mara.", "A or B?", REASONED)
+    prompt = one(tokenizer, "You are Mara.", "A or B?", REASONED, reasoning="exclude")
+    assert prompt.prompt_text == kept.prompt_text and torch.equal(prompt.input_ids, kept.input_ids)
+    assert said(prompt) == ["You are Mara.", "A or B?", "B, of course."]
+    (block,) = [content for content in prompt.proof.contents if content.name == "reasoning"]
+    assert prompt.prompt_text[slice(*block.char_range)] == "A or B? Mara would say B."
+    verify(prompt, tokenizer)
+
+
+@pytest.mark.parametrize("reasoning", ["include", "exclude"])
+@pytest.mark.parametrize("name", ["qwen3", "think_parsed"])
+def test_a_template_may_set_the_tags_of_reasoning_in_its_own_white_space(name: str, reasoning: str) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME[name].template
+    prompt = one(tokenizer, "You are Mara.", "A or B?", "<think>A or B?</think>B", reasoning=reasoning)
+    shown = "<think>\nA or B?\n</think>\n\nB"
+    assert prompt.prompt_text.endswith(f"{shown}<|im_end|>\n") or name != "qwen3"
+    assert said(prompt)[2] == (shown if reasoning == "include" else "B")
+    assert "response" not in prompt.rewritten or reasoning == "include"
+    assert prompt.proof.exact
+    verify(prompt, tokenizer)
+
+
+@pytest.mark.parametrize("reasoning", ["include", "exclude"])
+def test_reasoning_that_the_template_drops_is_said_once(reasoning: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    # The template's text is part of what is told once.
+    tokenizer.chat_template = f"{{# {reasoning} #}}{BY_NAME['think_removed'].template}"
+    for _ in range(2):
+        prompt = one(tokenizer, "You are Mara.", "A or B?", REASONED, reasoning=reasoning)
+        assert said(prompt)[2] == "\n\nB, of course." and prompt.rewritten == ("response",)
+    assert caplog.text.count("the chat template drops a part of 1 of 1 answers (sample 's1' first)") == 1
+
+
+@pytest.mark.parametrize(("reasoning", "first"), [("include", "<think>"), ("exclude", "B")])
+def test_a_tag_of_reasoning_that_is_one_token_is_the_answers_first(reasoning: str, first: str) -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    tokenizer.chat_template = BY_NAME["qwen3"].template
+    prompt = one(tokenizer, "You are Mara.", "A or B?", REASONED, reasoning=reasoning)
+    start, end = prompt.spans.response[2:]
+    assert tokenizer.decode(prompt.input_ids[start : start + 1]) == first
+    assert tokenizer.decode(prompt.input_ids[start:end]) == said(prompt)[2]
+    verify(prompt, tokenizer)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_answer_with_two_blocks_or_a_choice_that_is_none_is_refused() -> None:
+    tokenizer = fast_tokenizer("byte_level")
+    tokenizer.chat_template = BY_NAME["qwen3"].template
+    with pytest.raises(PromptError, match="'s1'"):
+        one(tokenizer, "You are Mara.", "A or B?", "<think>A</think><think>B</think>B")
+    with pytest.raises(InputError, match="unknown reasoning 'some': choose include or exclude"):
+        one(tokenizer, "You are Mara.", "A or B?", "B", reasoning="some")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
@@ -385,7 +462,7 @@ def test_a_layout_is_learned_once_for_each_sequence_of_roles(monkeypatch: pytest
     monkeypatch.setattr(
         module,
         "learn_layout",
-        lambda tokenizer, roles, kwargs: learned.append(roles) or learn(tokenizer, roles, kwargs),
+        lambda tokenizer, roles, kwargs, glue: learned.append(roles) or learn(tokenizer, roles, kwargs, glue),
     )
     short = _as_messages([("user", "Who?"), ("assistant", "A")])
     samples = [(f"m{index}", short * (1 + index % 2)) for index in range(10)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from kinds import BOTH_KINDS
@@ -634,3 +635,24 @@ def test_a_folder_of_other_dimensions_is_left_as_it_is(setting: Setting) -> None
 def test_more_than_one_name_is_public_where_the_reference_has_it() -> None:
     for name in ("MaskStrategy", "run_extraction", "extract_activations", "prepare_inputs", "ExtractionResult"):
         assert getattr(tl_persona, name) is globals()[name]
+
+
+@pytest.mark.tl
+def test_reasoning_counts_or_does_not_and_is_noted(setting: Setting) -> None:
+    reasoned = [
+        msgspec.structs.replace(each, answer=f"<think>{each.question}</think>{each.answer}") for each in QUESTIONS
+    ]
+    included = setting.run(qa_pairs=reasoned)[0]
+    counted, strategy = setting.load(), "answer_mean"
+    store = PersonaVectorStore(setting.name, setting.root, strategy)
+    assert store.provenance("templated", "mara").notes["reasoning"] == "include"
+    excluded = setting.run(qa_pairs=reasoned, reasoning="exclude")[0]
+    assert included.extracted and excluded.extracted and excluded.reasons[0].startswith("tokens_digest: ")
+    assert store.provenance("templated", "mara").notes["reasoning"] == "exclude"
+    prompts = prepare_inputs(setting.model.tokenizer, system_prompt(MARA, "templated"), reasoned, reasoning="exclude")
+    expected = extract_activations(
+        setting.model, [prompt.input_ids for prompt in prompts], [prompt.token_mask for prompt in prompts]
+    )
+    assert relative_error(setting.load(), expected) < 1e-6 < 1e-2 < relative_error(counted, expected)
+    setting.run()
+    assert "reasoning" not in store.provenance("templated", "mara").notes

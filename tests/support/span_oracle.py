@@ -1,12 +1,13 @@
 """Nasty texts, and what the spans of a chat must be: found from the template's account, without the package's help."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from chat_families import FAMILIES
 from hypothesis import strategies as st
-from templates import BEHAVIOURS, DEFAULT_SYSTEM, Behaviour, Turns, in_text
+from templates import BEHAVIOURS, DEFAULT_SYSTEM, Behaviour, Pieces, Turns, in_text
 from tokenizer_kinds import SPECIAL, SWALLOWS, add_control_tokens, fast_tokenizer
 
 from tl_persona.models.checkpoints import load_tokenizer
@@ -129,17 +130,43 @@ def is_plain(contents: Sequence[str]) -> bool:
     return all(content.strip() and not any(token in content for token in known) for content in contents)
 
 
+def has_reasoning(answer: str) -> bool:
+    """Whether an answer is a block of reasoning, not an empty one, and something behind it."""
+    found = re.fullmatch(r"\s*<think>(.*)</think>(.*)", answer, re.DOTALL)
+    once = answer.count("<think>") == answer.count("</think>") == 1
+    return found is not None and once and all(part.strip() for part in found.groups())
+
+
+def expected_pieces(behaviour: Behaviour, turns: Turns) -> Pieces:
+    """What a template makes of a chat; reasoning of the model's own that it shows is a part of the answer."""
+    pieces = list(behaviour.expected(turns))
+    place = next((n for n, (_, index) in enumerate(pieces) if index == len(turns) - 1), 0)
+    written = pieces[place - 1][0] if place else ""
+    if has_reasoning(turns[-1][1]) and re.search(r"<think>\s*\S.*</think>\s*$", written, re.DOTALL):
+        start = written.rindex("<think>")
+        answer = written[start:] + pieces[place][0]
+        pieces[place - 1 : place + 1] = [(written[:start], None), (answer, len(turns) - 1)]
+    return pieces
+
+
 def what_is_left(behaviour: Behaviour, turns: Turns) -> tuple[bool, bool]:
     """Whether the template leaves the contents whole but for white space, and whether they can be told at all.
 
     They cannot where one is written twice, or not as a piece of what was given, or nothing of it is left.
     """
-    left = [(piece, index) for piece, index in behaviour.expected(turns) if index is not None]
+    left = [(piece, index) for piece, index in expected_pieces(behaviour, turns) if index is not None]
     whole = all(piece in turns[index][1] and piece.strip() == turns[index][1].strip() for piece, index in left)
     if behaviour.unless_there:
         whole = whole and not any(text.endswith(behaviour.unless_there) for _, text in turns)
     once = len({index for _, index in left}) == len(left)
-    return whole and once, once and all(piece and piece in turns[index][1] for piece, index in left)
+
+    def is_a_piece(piece: str, index: int) -> bool:
+        content = turns[index][1]
+        if index == len(turns) - 1 and has_reasoning(content):  # the tags stand in white space of the template's
+            piece, content = ("".join(text.split()) for text in (piece, content))
+        return piece != "" and piece in content
+
+    return whole and once, once and all(is_a_piece(piece, index) for piece, index in left)
 
 
 WHITE = "".join(map(chr, [*range(0x9, 0xE), *range(0x2000, 0x200B), 0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F]))
@@ -180,7 +207,7 @@ def tokens_by_offsets(prompt: Prompt, chars: tuple[int, int]) -> tuple[int, int]
 def agrees_with_the_oracle(
     tokenizer: Any, kind: str, behaviour: Behaviour, prompt: Prompt, contents: Sequence[str]
 ) -> None:
-    text, ranges = in_text(behaviour.expected(list(zip(ROLES, contents, strict=True))))
+    text, ranges = in_text(expected_pieces(behaviour, list(zip(ROLES, contents, strict=True))))
     assert prompt.prompt_text == text
     assert prompt.folded == behaviour.folds
     for index, span in enumerate(prompt.spans):

@@ -89,6 +89,7 @@ def _add_extract(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--layers", nargs="+", metavar="LAYER", help="ints, ranges 10:20, hook names or globs; default: every block"
     )
     _add_template_argument(what)
+    _add_reasoning_argument(what)
     running = parser.add_argument_group("running")
     _add_backend_arguments(running)
     running.add_argument("--activations-dir", metavar="DIR", help="default: artifacts/activations")
@@ -185,6 +186,7 @@ def _add_preview(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     model.add_argument("--revision", help="hub revision")
     model.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer's own code run")
     _add_template_argument(model)
+    _add_reasoning_argument(model)
     data = parser.add_argument_group("a chat of a data set")
     data.add_argument("--dataset", metavar="REPO", help="a hub data set or a folder; default: the bundled personas")
     data.add_argument("--personas", metavar="JSONL", help="a personas file (with --qa)")
@@ -216,6 +218,15 @@ def _add_template_argument(group: "argparse._ArgumentGroup") -> None:
         action="append",
         metavar="NAME=VALUE",
         help="keyword for the chat template, such as enable_thinking=false; may be given several times",
+    )
+
+
+def _add_reasoning_argument(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--reasoning",
+        choices=["include", "exclude"],
+        default="include",
+        help="whether a block of reasoning that an answer begins with counts as answer, where the template shows it",
     )
 
 

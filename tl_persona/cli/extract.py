@@ -58,6 +58,7 @@ def run(arguments: Namespace) -> int:
                     force=arguments.force,
                     batch_tokens=arguments.batch_tokens,
                     store=store,
+                    reasoning=arguments.reasoning,
                     on_status=status_printer(errors, verbose=arguments.verbose),
                 )
             except TLPersonaError as error:

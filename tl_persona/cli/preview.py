@@ -51,7 +51,8 @@ def run(arguments: Namespace) -> int:
         arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
     kwargs = read_template_kwargs(arguments.template_kwarg)
-    prompt = prepare_messages(tokenizer, [(sample.sample_id, sample.messages)], template_kwargs=kwargs)[0]
+    samples = [(sample.sample_id, sample.messages)]
+    prompt = prepare_messages(tokenizer, samples, template_kwargs=kwargs, reasoning=arguments.reasoning)[0]
     verify(prompt, tokenizer)
     print_prompt(
         prompt,

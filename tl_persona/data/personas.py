@@ -186,6 +186,18 @@ def _correct_letter(qa: QALike) -> str | None:
     return ascii_uppercase[index]
 
 
+def check_variants(variants: Sequence[str]) -> None:
+    """Refuses what is no sequence of views.
+
+    Raises:
+        InputError: It is one text, or empty.
+    """
+    if isinstance(variants, str):
+        raise InputError(f"variants is the text {variants!r}: pass a sequence such as ({variants!r},)")
+    if not variants:
+        raise InputError("no prompt variant was given: pass at least one")
+
+
 def system_prompt(persona: PersonaLike, variant: str) -> str:
     """The system message that makes a model speak as `persona`, from its attribute `<variant>_view`.
 

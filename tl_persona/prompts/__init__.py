@@ -1,6 +1,7 @@
 """Chats rendered by the tokenizer's own template, with proven spans of their contents, and tokens masked by strategy.
 
 - `template`: what a chat template writes, and renderings read with it.
+- `reasoning`: answers that begin with a block of reasoning.
 - `prompt`: a rendered chat, its spans, and how they were found.
 - `alignment`: the tokens that cover a range of characters.
 - `prepare`: chats rendered and tokenized.

@@ -15,6 +15,7 @@ from tl_persona.errors import InputError
 from tl_persona.prompts.masks import MaskStrategy, SpanBatch, as_strategy, build_masks
 from tl_persona.prompts.prepare import Chat, prepare_messages, prepare_prompts
 from tl_persona.prompts.prompt import Prompt
+from tl_persona.prompts.reasoning import Reasoning
 from tl_persona.tensors import Sample, TokenMask
 
 TokenPosition: TypeAlias = int | str
@@ -158,6 +159,7 @@ def prepare_inputs(
     mask_strategy: str = MaskStrategy.ANSWER_MEAN,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
+    reasoning: Reasoning = "include",
 ) -> list[PreparedInput]:
     """Renders question and answer of every pair under one system prompt and masks their tokens.
 
@@ -167,12 +169,14 @@ def prepare_inputs(
         qa_pairs: The questions; a multiple-choice row is answered by its letter.
         mask_strategy: Which tokens the masks select.
         template_kwargs: Passed to the chat template.
+        reasoning: `"include"` counts a block of reasoning that an answer begins with as answer, as far as the template
+            shows it; `"exclude"` leaves it out.
 
     Raises:
         InputError: A pair that cannot be rendered, located or masked; names the sample.
     """
     strategy = as_strategy(mask_strategy)
-    prompts = persona_prompts(tokenizer, system_prompt, qa_pairs, template_kwargs=template_kwargs)
+    prompts = persona_prompts(tokenizer, system_prompt, qa_pairs, template_kwargs=template_kwargs, reasoning=reasoning)
     if not prompts:
         return []
     masks = build_masks(SpanBatch.of(prompts), strategy)
@@ -192,6 +196,7 @@ def persona_prompts(
     qa_pairs: Sequence[QALike],
     *,
     template_kwargs: Mapping[str, Any] | None = None,
+    reasoning: Reasoning = "include",
 ) -> list[Prompt]:
     """The rendered chats of `prepare_inputs`, without masks.
 
@@ -199,7 +204,7 @@ def persona_prompts(
         InputError: A pair that cannot be rendered or located; names the sample.
     """
     chats = [Chat(qa.qid, system_prompt, question_text(qa), answer_text(qa)) for qa in qa_pairs]
-    return prepare_prompts(tokenizer, chats, template_kwargs=template_kwargs)
+    return prepare_prompts(tokenizer, chats, template_kwargs=template_kwargs, reasoning=reasoning)
 
 
 _SPAN_STYLES = {

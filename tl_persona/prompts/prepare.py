@@ -1,5 +1,6 @@
 """Renders and tokenizes chats, with the proven spans of system prompt, question and answer."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import torch
 
 from tl_persona.errors import PromptError
 from tl_persona.prompts.alignment import TokenAligner
-from tl_persona.prompts.prompt import NO_SPAN, ContentProof, Prompt, PromptSpans, SpanProof, change_of
+from tl_persona.prompts.prompt import NO_SPAN, Change, ContentProof, Prompt, PromptSpans, SpanProof, change_of
+from tl_persona.prompts.reasoning import ROLE, Reasoning, check_reasoning, read_chat
 from tl_persona.prompts.template import ChatReader, Rendering, require_chat_tokenizer, template_digest
 
 
@@ -22,7 +24,11 @@ class Chat(NamedTuple):
 
 
 def prepare_prompts(
-    tokenizer: Any, chats: Sequence[Chat], *, template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    chats: Sequence[Chat],
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    reasoning: Reasoning = "include",
 ) -> list[Prompt]:
     """Renders and tokenizes chats of a system prompt, a question and an answer, and finds their spans.
 
@@ -34,12 +40,14 @@ def prepare_prompts(
         tokenizer: A fast tokenizer with a chat template.
         chats: The contents to render.
         template_kwargs: Passed to the template, such as `{"enable_thinking": False}`.
+        reasoning: Whether a block of reasoning that the answer begins with, and the template shows, counts as answer.
 
     Raises:
         PromptError: A content is empty, holds a special token's text, or cannot be found for certain; names the sample.
     """
     roles = ("system", "user", "assistant")
-    return _prepare(tokenizer, [_Conversation(chat.sample_id, roles, chat[1:]) for chat in chats], template_kwargs)
+    conversations = [_Conversation(chat.sample_id, roles, chat[1:]) for chat in chats]
+    return _prepare(tokenizer, conversations, template_kwargs, reasoning)
 
 
 def prepare_messages(
@@ -47,6 +55,7 @@ def prepare_messages(
     samples: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
     *,
     template_kwargs: Mapping[str, Any] | None = None,
+    reasoning: Reasoning = "include",
 ) -> list[Prompt]:
     """Renders and tokenizes chats of any number of turns that end with an answer, and finds their spans.
 
@@ -58,11 +67,12 @@ def prepare_messages(
         samples: Ids and messages `{"role": ..., "content": ...}`: a system message if wanted, then user and assistant
             turns as the template allows them, an assistant turn last.
         template_kwargs: Passed to the template, such as `{"enable_thinking": False}`.
+        reasoning: As in `prepare_prompts`.
 
     Raises:
         PromptError: As in `prepare_prompts`, or messages that are not such a chat; names the sample.
     """
-    return _prepare(tokenizer, [_conversation(*sample) for sample in samples], template_kwargs)
+    return _prepare(tokenizer, [_conversation(*sample) for sample in samples], template_kwargs, reasoning)
 
 
 class _Conversation(NamedTuple):
@@ -80,6 +90,8 @@ class _Conversation(NamedTuple):
         """What a content is called in a `ContentProof`."""
         if self.roles[index] == "system":
             return "template"
+        if self.roles[index] == ROLE:
+            return ROLE
         if index == len(self.roles) - 1:
             return "response"
         return "question" if index == self.question else f"message {index + 1}"
@@ -111,14 +123,20 @@ def _conversation(sample_id: str, messages: Sequence[Mapping[str, Any]]) -> _Con
 
 
 def _prepare(
-    tokenizer: Any, conversations: Sequence[_Conversation], template_kwargs: Mapping[str, Any] | None
+    tokenizer: Any,
+    conversations: Sequence[_Conversation],
+    template_kwargs: Mapping[str, Any] | None,
+    reasoning: Reasoning,
 ) -> list[Prompt]:
+    check_reasoning(reasoning)
     reader = ChatReader(require_chat_tokenizer(tokenizer), dict(template_kwargs or {}))
-    renderings = []
+    renderings, read = [], []
     for conversation in conversations:
         _refuse_unusable(conversation)
         try:
-            renderings.append(reader.read(conversation.roles, conversation.contents))
+            roles, contents, rendering = read_chat(reader, conversation.roles, conversation.contents, reasoning)
+            renderings.append(rendering)
+            read.append(conversation._replace(roles=roles, contents=contents))
         except PromptError as error:
             raise PromptError(f"sample {conversation.sample_id!r}: {error}") from error
     if not renderings:
@@ -128,10 +146,29 @@ def _prepare(
     aligner = TokenAligner(tokenizer)
     digest = template_digest(tokenizer, template_kwargs)
     encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-    return [
+    prompts = [
         _assemble(conversation, rendering, ids, offsets, aligner, digest)
-        for conversation, rendering, (ids, offsets) in zip(conversations, renderings, encoded, strict=True)
+        for conversation, rendering, (ids, offsets) in zip(read, renderings, encoded, strict=True)
     ]
+    _tell_what_is_dropped(prompts, digest)
+    return prompts
+
+
+_TOLD: set[str] = set()
+"""Digests of templates of which it was said that they drop a part of answers."""
+
+
+def _tell_what_is_dropped(prompts: Sequence[Prompt], digest: str) -> None:
+    cut = [prompt.sample_id for prompt in prompts if Change.CUT in prompt.proof.changes("response")]
+    if cut and digest not in _TOLD:
+        _TOLD.add(digest)
+        logging.getLogger("tl_persona").warning(
+            "the chat template drops a part of %d of %d answers (sample %r first), a block of reasoning perhaps: what "
+            "it shows of them counts as answer",
+            len(cut),
+            len(prompts),
+            cut[0],
+        )
 
 
 def _refuse_unusable(conversation: _Conversation) -> None:

@@ -1,4 +1,4 @@
-"""Shows prompts in the terminal: what each strategy selects, in colour, and what the chat template made of the texts.
+"""Shows in the terminal what will run: prompts, with what each strategy selects in colour, and what a plan costs.
 
 Colour tells the span, reverse video the selection; long stretches that are not selected are elided. Characters that a
 terminal would not show, or would obey, are spelled out.
@@ -7,6 +7,7 @@ terminal would not show, or would obey, are spelled out.
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+import torch
 from jaxtyping import Bool
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,8 @@ from rich.text import Text
 from torch import Tensor
 
 from tl_persona.errors import MaskError
+from tl_persona.models.facts import ModelFacts
+from tl_persona.plan.plan import Plan
 from tl_persona.prompts.inputs import MaskedPrompts
 from tl_persona.prompts.masks import MaskStrategy, build_mask
 from tl_persona.prompts.prompt import Change, ContentProof, Prompt
@@ -238,3 +241,21 @@ def _pick(
     for strategy in strategies:
         for index, prompt in enumerate(masked.prompts_of(strategy)[:prompts]):
             yield strategy, prompt, masked.mask_of(strategy, index)
+
+
+def print_plan(plan: Plan, facts: ModelFacts, n_hooks: int, *, console: Console | None = None) -> None:
+    """Prints what a plan is predicted to cost: tokens given, computed and padded, and the largest pass's activations.
+
+    Args:
+        plan: From the backend that will run it; a shortcut that turns out not to be exact there costs more.
+        facts: Of the model.
+        n_hooks: How many hooks are read.
+        console: Where to print; None is standard output.
+    """
+    itemsize = getattr(torch, facts.dtype).itemsize
+    megabytes = plan.peak_bytes(n_hooks, facts.d_model, itemsize) / 1e6
+    (console or Console(highlight=False, markup=False)).print(
+        f"plan: {plan.tokens:,} tokens, of which {plan.tokens_distinct:,} are computed and "
+        f"{plan.tokens_run - plan.tokens_distinct:,} are padding, in {len(plan.passes)} passes ({plan.sharing} "
+        f"prefixes); activations of the largest pass: {megabytes:,.0f} MB"
+    )

@@ -30,7 +30,7 @@ def change_of(content: str, kept: str) -> Change:
     """
     if kept == content:
         return Change.KEPT
-    return Change.TRIMMED if kept.strip() == content.strip() else Change.CUT
+    return Change.TRIMMED if "".join(kept.split()) == "".join(content.split()) else Change.CUT
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class ContentProof:
     """One content of a chat, as it stands in the rendering.
 
     Attributes:
-        name: `template`, `question`, `response`, or `message 2` and the like for an earlier turn.
+        name: `template`, `question`, `response`, `message 2` and the like for an earlier turn, or `reasoning` for a
+            block of reasoning that does not count as answer.
         char_range: Where it stands, a half-open range of characters.
-        change: Whether the template kept it, stripped white space from its ends, or cut more than that (a think block,
-            say). What is left was seen in renderings with markers in the place of the contents beside it.
+        change: Whether the template kept it, changed white space at its ends or beside the tags of its reasoning, or
+            cut more than that (a think block, say). What is left was seen in renderings with markers in the place of
+            the contents beside it.
         added_tokens: Entries that were added to the vocabulary, are not marked special, are not written by the
             template, and stand in the content: `<think>` with some. The model reads such a text as one token.
     """
@@ -74,6 +76,10 @@ class SpanProof:
     def exact(self) -> bool:
         """True where the template cut no content: it kept all of them, white space at their ends aside."""
         return all(content.change is not Change.CUT for content in self.contents)
+
+    def changes(self, name: str) -> tuple[Change, ...]:
+        """What the template did to the content of this name, if there is one."""
+        return tuple(content.change for content in self.contents if content.name == name)
 
     @property
     def rewritten(self) -> tuple[str, ...]:

@@ -79,16 +79,18 @@ class ChatLayout:
         segments: The fixed text before, between and after the contents, by place.
         folded: True where the template takes no system message, so that the system prompt was put in front of the
             first user turn. A template that folds by itself takes one.
+        glue: What stands before the last content but one, and between it and the last, where the two are one message.
     """
 
     roles: tuple[str, ...]
     order: tuple[int, ...]
     segments: tuple[str, ...]
     folded: bool
+    glue: tuple[str, str] | None = None
 
     def messages(self, contents: Sequence[str]) -> list[dict[str, str]]:
         """The contents as messages."""
-        return as_messages(self.roles, contents, folded=self.folded)
+        return as_messages(self.roles, contents, folded=self.folded, glue=self.glue)
 
     def every_second(self, contents: Sequence[str], first: int, marks: Markers) -> list[str]:
         """The contents at the places `first`, `first + 2` and so on, and markers at those between."""
@@ -137,8 +139,13 @@ class ChatLayout:
         return self.segments[place], self.segments[place + 1]
 
 
-def as_messages(roles: Sequence[str], contents: Sequence[str], *, folded: bool) -> list[dict[str, str]]:
-    """Contents as messages; folded, the first two share the user turn."""
+def as_messages(
+    roles: Sequence[str], contents: Sequence[str], *, folded: bool, glue: tuple[str, str] | None = None
+) -> list[dict[str, str]]:
+    """Contents as messages; folded, the first two share the user turn, and with glue the last two are one message."""
+    if glue is not None:
+        last = glue[0] + contents[-2] + glue[1] + contents[-1]
+        roles, contents = (*roles[:-2], roles[-1]), (*contents[:-2], last)
     if folded:
         roles, contents = roles[1:], (contents[0] + FOLD_SEPARATOR + contents[1], *contents[2:])
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
@@ -214,7 +221,10 @@ _RESERVED = {
 
 
 def learn_layout(
-    tokenizer: ChatTokenizer, roles: Sequence[str], template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: ChatTokenizer,
+    roles: Sequence[str],
+    template_kwargs: Mapping[str, Any] | None = None,
+    glue: tuple[str, str] | None = None,
 ) -> ChatLayout:
     """Learns what the tokenizer's template writes around messages of these roles.
 
@@ -222,6 +232,7 @@ def learn_layout(
         tokenizer: From `require_chat_tokenizer`.
         roles: `system` (if at all, first), `user` and `assistant`.
         template_kwargs: Passed to the template.
+        glue: As `ChatLayout` has it.
 
     Raises:
         PromptError: The template repeats, drops, alters or reorders contents, or a keyword is not the caller's.
@@ -234,17 +245,17 @@ def learn_layout(
     template = _template_in_use(tokenizer, kwargs)
     roles = tuple(roles)
     foldable = roles[:2] == ("system", "user")
-    marks, problems = draw_markers(roles, (template, repr(kwargs))).contents, []
+    marks, problems = draw_markers(roles, (template, repr(kwargs), *(glue or ()))).contents, []
     for folded in (False, True) if foldable else (False,):
         manner = "with the system prompt inside the user turn" if folded else f"as {', '.join(roles)} messages"
         try:
-            rendered = render(tokenizer, as_messages(roles, marks, folded=folded), kwargs)
+            rendered = render(tokenizer, as_messages(roles, marks, folded=folded, glue=glue), kwargs)
         except PromptError as error:
             problems.append(f"{manner}: {error}")
             continue
         found = _cut(rendered, marks)
         if found is not None and _is_usable(found.order, roles):
-            return ChatLayout(roles, found.order, found.segments, folded)
+            return ChatLayout(roles, found.order, found.segments, folded, glue)
         problems.append(f"{manner}: contents are missing, repeated, altered or moved")
         if marks[0] in rendered:
             break  # the template does take the system message: to fold it would change what the model reads
@@ -317,29 +328,30 @@ class ChatReader:
     def __init__(self, tokenizer: ChatTokenizer, kwargs: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._kwargs = kwargs
-        self._layouts: dict[tuple[str, ...], ChatLayout] = {}
+        self._layouts: dict[tuple[tuple[str, ...], tuple[str, str] | None], ChatLayout] = {}
 
-    def read(self, roles: tuple[str, ...], contents: Sequence[str]) -> Rendering:
-        """The rendering of one chat.
+    def read(self, roles: tuple[str, ...], contents: Sequence[str], glue: tuple[str, str] | None = None) -> Rendering:
+        """The rendering of one chat; `glue` is as `ChatLayout` has it.
 
         Raises:
             PromptError: The template takes no such chat, or where the contents lie cannot be told for certain.
         """
-        if roles not in self._layouts:
-            self._layouts[roles] = learn_layout(self._tokenizer, roles, self._kwargs)
+        key = roles, glue
+        if key not in self._layouts:
+            self._layouts[key] = learn_layout(self._tokenizer, roles, self._kwargs, glue)
         try:
-            return self._read(self._layouts[roles], contents)
+            return self._read(self._layouts[key], contents)
         except PromptError:
             # A template that writes the date or time has another layout after midnight.
-            layout = learn_layout(self._tokenizer, roles, self._kwargs)
-            if layout == self._layouts[roles]:
+            layout = learn_layout(self._tokenizer, roles, self._kwargs, glue)
+            if layout == self._layouts[key]:
                 raise
-            self._layouts[roles] = layout
+            self._layouts[key] = layout
         return self._read(layout, contents)
 
     def _read(self, layout: ChatLayout, contents: Sequence[str]) -> Rendering:
         text = self._render(layout, contents)
-        marks = draw_markers(layout.roles, (text, *contents, *layout.segments))
+        marks = draw_markers(layout.roles, (text, *contents, *layout.segments, *(layout.glue or ())))
         found: dict[int, str] = {}
         for first in (0, 1):
             found |= self._kept(layout, layout.every_second(contents, first, marks), marks)
