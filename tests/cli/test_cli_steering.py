@@ -108,6 +108,18 @@ def test_an_int_is_a_token_position_too(cli: CommandLine) -> None:
 
 
 @pytest.mark.tl
+def test_include_first_is_passed_on(cli: CommandLine) -> None:
+    assert cli.caa("--token-position", "mean", "--layers", "1") == 0
+    without = cli.saved()[1]
+    assert cli.caa("--token-position", "mean", "--layers", "1", "--include-first") == 0
+    assert (without.metadata["include_first"], cli.saved()[1].metadata["include_first"]) == (False, True)
+    expected = extract_caa_vectors(load_model(cli.model, "bridge"), None, RAW, [1], "mean", include_first=True)
+    assert torch.equal(cli.saved()[1].vector, expected[1].vector) and not torch.equal(
+        without.vector, expected[1].vector
+    )
+
+
+@pytest.mark.tl
 def test_too_few_pairs_to_judge_a_layer_by_are_said_so(cli: CommandLine) -> None:
     ContrastPairDataset("plainness", RAW[:1]).save(cli.pairs)
     assert cli.caa() == 0

@@ -69,7 +69,7 @@ def plain(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
     return model_of
 
 
-def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition) -> Tensor:
+def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition, include_first: bool = False) -> Tensor:
     """One text's activations by the definition: (layer, d_model)."""
 
     def tokens_of(part: str) -> list[int]:
@@ -79,6 +79,8 @@ def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition) ->
     if isinstance(side, str):
         ids = tokenizer(side)["input_ids"]
         counted = list(range(len(ids)))
+        if position in ("first", "mean") and not include_first:
+            counted = counted[1:]
     else:
         text = tokenizer.apply_chat_template(list(side), tokenize=False)
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -104,11 +106,13 @@ def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition) ->
     return block_outputs(hf_model, torch.tensor(ids))[:, places].mean(dim=1)
 
 
-def both_sides(hf_model: Any, tokenizer: Any, pairs: Any, position: TokenPosition) -> tuple[Tensor, Tensor]:
+def both_sides(
+    hf_model: Any, tokenizer: Any, pairs: Any, position: TokenPosition, include_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """Activations of the positive and the negative sides, (pair, layer, d_model) each."""
     found = list(ContrastPairDataset("any", pairs))
     positive, negative = (
-        torch.stack([naive(hf_model, tokenizer, getattr(pair, side), position) for pair in found])
+        torch.stack([naive(hf_model, tokenizer, getattr(pair, side), position, include_first) for pair in found])
         for side in ("positive", "negative")
     )
     return positive, negative
@@ -138,15 +142,56 @@ def test_one_pass_for_all_layers_equals_the_definition(
     pairs: Any, position: TokenPosition, kind: str, family: str, tiny_hooked: Boot, plain: Callable[[str], Any]
 ) -> None:
     booted = tiny_hooked(family, kind)
-    if (family, position) == ("gemma", "first") and pairs is RAW:
-        # The BOS sees nothing but itself, so the definition gives zero, and only the rounding of batches is left.
-        found = stacked(extract(booted, pairs, position=position))
-        assert found.norm() < 1e-5 * both_sides(plain(family), booted.tokenizer, pairs, position)[0][0].norm()
-        return
     positive, negative = both_sides(plain(family), booted.tokenizer, pairs, position)
     vectors = extract(booted, pairs, position=position)
     assert vectors.layers == list(range(N_LAYERS))
     assert relative_error(stacked(vectors), positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@EVERY_FAMILY
+@BOTH_KINDS
+@pytest.mark.parametrize("position", ["first", "mean"])
+def test_include_first_brings_token_0_of_raw_text_back(
+    position: str, kind: str, family: str, tiny_hooked: Boot, plain: Callable[[str], Any]
+) -> None:
+    booted = tiny_hooked(family, kind)
+    positive, negative = both_sides(plain(family), booted.tokenizer, RAW, position, include_first=True)
+    found = stacked(extract(booted, position=position, include_first=True))
+    if (family, position) == ("gemma", "first"):
+        # The BOS sees nothing but itself, so the definition gives zero, and only the rounding of batches is left.
+        assert found.norm() < 1e-5 * positive[0].norm()
+        return
+    assert relative_error(found, positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("position", ["last", "first", "mean", "answer_mean", 1], ids=str)
+def test_include_first_changes_nothing_of_chats(position: TokenPosition, kind: str, tiny_hooked: Boot) -> None:
+    booted = tiny_hooked("llama", kind)
+    found = extract(booted, chats(), position=position, include_first=True)
+    assert torch.equal(stacked(found), stacked(extract(booted, chats(), position=position)))
+
+
+def test_metadata_has_include_first_where_it_decides_what_counts(model: Any) -> None:
+    def recorded(pairs: Any, position: TokenPosition, **options: Any) -> set[Any]:
+        return {vector.metadata.get("include_first") for vector in extract(model, pairs, position=position, **options)}
+
+    for position in ("first", "mean"):
+        assert recorded(RAW, position) == recorded([*chats(), RAW[0]], position) == {False}
+        assert recorded(RAW, position, include_first=True) == {True}
+        assert recorded(chats(), position) == recorded(chats(), position, include_first=True) == {None}
+    assert recorded(RAW, "last") == recorded(RAW, 0, include_first=True) == {None}
+
+
+@pytest.mark.parametrize("position", ["first", "mean"])
+def test_a_text_of_one_token_alone_is_refused_before_the_model_runs(position: str, model: Any) -> None:
+    pairs = [*RAW, {"positive": "What is your name?", "negative": "a"}]
+    assert len(model.tokenizer("a")["input_ids"]) == 1
+    message = r"pair 5 negative: the text is one token alone.*write a longer text, or pass include_first=True"
+    with nothing_runs(model), pytest.raises(InputError, match=message):
+        extract(model, pairs, position=position)
+    assert extract(model, pairs, position=position, include_first=True).layers == list(range(N_LAYERS))
+    assert extract(model, pairs, position="last").layers == list(range(N_LAYERS))
 
 
 @BOTH_KINDS
