@@ -5,7 +5,8 @@ show a behaviour minus the mean over texts that do not. All layers come out of o
 statistics that say which layer to trust.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tl_persona.provenance import Provenance, software_versions, text_digest
 from tl_persona.statistics.directions import Direction, mean_difference
 from tl_persona.statistics.layers import layer_statistics
 from tl_persona.statistics.means import ActivationSpool
+from tl_persona.statistics.outliers import OUTLYING, OutlierTally
 from tl_persona.vectors.vector import SteeringVector
 from tl_persona.vectors.vector_set import SteeringVectorSet
 
@@ -114,7 +116,8 @@ def extract_caa_vectors(
 
     Returns:
         One vector a layer, float32, with `num_pairs`, `token_position`, `pos_mean_norm`, `neg_mean_norm`,
-        `vector_norm` and `statistics` in its metadata, and `include_first` where that decided which tokens count.
+        `vector_norm`, `statistics` and `outliers` in its metadata, and `include_first` where that decided which tokens
+        count. Selected tokens of outlying norm (see `statistics.outliers`) are kept, and a warning names the worst.
 
     Raises:
         InputError: No pairs, a pair that cannot be used, a position outside a text, a raw text without a token after
@@ -131,12 +134,14 @@ def extract_caa_vectors(
         backend.tokenizer, list(pairs), token_position, include_first=include_first, template_kwargs=template_kwargs
     )
     plan = backend.plan(inputs.samples, batch_tokens=batch_tokens, max_rows=batch_size)
+    tally = OutlierTally(len(hook_names), expects_first=bool(inputs.include_first))
     spool = ActivationSpool(len(hook_names), len(inputs.samples), backend.facts.d_model)
     try:
         title = f"{pairs.behavior}, {len(hook_names)} layers"
         with token_progress(title, plan.tokens, computed=plan.tokens_distinct, show=show_progress) as advance:
             for pooled in backend.pool(plan, hook_names):
                 spool.write(pooled.sample, pooled.means[0].float())
+                tally.add(pooled.sample, pooled.norms, plan.samples[pooled.sample].masks[0].cpu())
                 advance(len(plan.samples[pooled.sample].input_ids))
         vectors = SteeringVectorSet(pairs.behavior)
         chosen: dict[str, Any] = {"token_position": token_position}
@@ -155,7 +160,7 @@ def extract_caa_vectors(
                     vector=direction(pos, neg).float(),
                     model_name=model_name or backend.facts.name,
                     extraction_method=method,
-                    metadata={**chosen, **statistics.as_metadata()},
+                    metadata={**chosen, **statistics.as_metadata(), "outliers": tally.as_metadata(index)},
                     hook_name=hook_name,
                     provenance=msgspec.structs.replace(provenance, hook_names=(hook_name,)),
                 )
@@ -163,7 +168,25 @@ def extract_caa_vectors(
     finally:
         spool.close()
     backend.saved()
+    _warn_of(tally, pairs.behavior, layers, inputs, backend.tokenizer)
     return vectors
+
+
+def _warn_of(tally: OutlierTally, behavior: str, layers: Sequence[int], inputs: ContrastTexts, tokenizer: Any) -> None:
+    if not tally.hooks or tally.worst is None:
+        return
+    worst, sample = tally.worst, inputs.samples[tally.worst.sample]
+    token = tokenizer.decode([int(sample.input_ids[worst.position])])
+    share = max((tally.largest_share(hook) or 0.0 for hook in tally.hooks), default=0.0)
+    weight = f" One token is up to {share:.0%} of a mean." if share else ""
+    warnings.warn(
+        f"the vectors for {behavior!r}: at {len(tally.hooks)} of {len(layers)} layers, selected tokens have a norm at "
+        f"least {OUTLYING:g} times the median of their text, up to {tally.most} at one layer; the worst is {token!r}, "
+        f"token {worst.position} of {sample.sample_id}, {worst.ratio:.0f} times at layer {layers[worst.hook]}. They "
+        f"were not removed.{weight} Look at the outliers of each layer in summary(), and choose a layer without them, "
+        "or another token_position",
+        stacklevel=3,
+    )
 
 
 def _name(direction: Direction) -> str:

@@ -297,6 +297,21 @@ def test_show_describes_a_set_and_each_of_its_files(cli: CommandLine) -> None:
         assert row in cli.out
 
 
+def test_show_has_the_outlying_tokens_where_there_are_some(cli: CommandLine) -> None:
+    counts = {"tokens": 12, "texts": 9, "largest_share": 0.876}
+    loud = SteeringVector("calm", 1, torch.ones(2), "m", metadata={"outliers": counts})
+    quiet = SteeringVector("calm", 2, torch.ones(2), "m", metadata={"outliers": {**counts, "tokens": 0}})
+    SteeringVectorSet("calm", [loud, quiet]).save(cli.output)
+    assert cli("show", cli.output) == 0
+    assert "outliers largest share" in cli.out and " 12 0.88 " in cli.out
+    SteeringVectorSet("calm", [quiet]).save(cli.output)
+    assert cli("show", cli.output) == 0
+    assert "outliers" not in cli.out
+    loud.save(cli.folder / "loud")
+    assert cli("show", cli.folder / "loud.safetensors") == 0
+    assert "outliers largest_share 0.876, texts 9, tokens 12" in cli.out
+
+
 def test_show_reads_vectors_of_rotalabs_steer_and_says_what_it_does_not_know(cli: CommandLine) -> None:
     fields = {"behavior": "calm [b]", "layer_index": 4, "model_name": "org/m", "metadata": {"num_pairs": 3}}
     (cli.folder / "layer_4.json").write_text(json.dumps(fields))

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tl_persona import caa, extract_caa_vector, extract_caa_vectors, get_model_c
 from tl_persona.data.contrast import ContrastPair, ContrastPairDataset, Side
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.models.checkpoints import find_checkpoint
-from tl_persona.prompts.inputs import TokenPosition
+from tl_persona.prompts.inputs import TokenPosition, contrast_texts
 from tl_persona.prompts.masks import MaskStrategy
 from tl_persona.provenance import text_digest
 from tl_persona.statistics.directions import logistic_direction, mean_difference, pca_direction
@@ -429,6 +430,102 @@ def test_metadata_has_norms_and_statistics_of_the_activations_themselves(
         expected = layer_statistics(pos, neg, seed=3).as_metadata()["statistics"]
         assert found["statistics"].pop("note") is expected.pop("note") is None
         assert found["statistics"] == pytest.approx(expected, rel=1e-4)
+
+
+WIND = " wind"
+
+
+@pytest.fixture(scope="module")
+def loud(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in which one word has an activation far longer than any other, at every layer."""
+    folder = tmp_path_factory.mktemp("loud") / "model"
+    weights, tokenizer = (kind.from_pretrained(tiny_model("llama")) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    (word,) = tokenizer(WIND)["input_ids"]
+    with torch.no_grad():
+        weights.get_input_embeddings().weight[word] *= 3000
+    weights.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def outlying_by_hand(folder: Path, pairs: Any, position: TokenPosition) -> list[dict[str, Any]]:
+    """For each layer, what `outliers` must be, by the definition and one text at a time."""
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found: list[dict[str, Any]] = [{"tokens": 0, "texts": 0, "largest_share": None} for _ in range(N_LAYERS)]
+    for sample in contrast_texts(tokenizer, list(ContrastPairDataset("any", pairs)), position).samples:
+        places = sample.masks[0].nonzero()[:, 0].tolist()
+        for layer, output in enumerate(block_outputs(weights, sample.input_ids[: places[-1] + 1])):
+            norms = output.norm(dim=-1).tolist()
+            outlying = [place for place in places if norms[place] >= 10 * median_low(norms)]
+            found[layer]["tokens"] += len(outlying)
+            found[layer]["texts"] += bool(outlying)
+            if len(places) > 1:
+                share = max(norms[place] for place in places) / sum(norms[place] for place in places)
+                found[layer]["largest_share"] = max(share, found[layer]["largest_share"] or 0.0)
+    return found
+
+
+OUTLYING = r"selected tokens have a norm at least 10 times the median of their text"
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("pairs", [RAW, chats(SYSTEM * 6)], ids=["raw", "chat"])
+def test_selected_tokens_of_outlying_norm_are_counted_named_and_kept(pairs: Any, kind: str, loud: Path) -> None:
+    booted = tl_persona.load_model(loud, kind=kind)
+    expected = outlying_by_hand(loud, pairs, "mean")
+    assert all(found["tokens"] == found["texts"] == 3 for found in expected)  # three answers have the word
+    with pytest.warns(UserWarning, match=OUTLYING) as caught:
+        vectors = extract(booted, pairs, position="mean")
+    (warning,) = caught
+    message = str(warning.message)
+    assert "at 3 of 3 layers" in message and "up to 3 at one layer" in message and "' wind', token" in message
+    for vector, found in zip(vectors, expected, strict=True):
+        assert vector.metadata["outliers"] == pytest.approx(found, rel=1e-4)
+    assert f"up to {max(found['largest_share'] for found in expected):.0%} of a mean" in message
+    rows = vectors.summary().rows
+    assert [(row["outliers"], row["largest_share"]) for row in rows] == [
+        (found["tokens"], pytest.approx(found["largest_share"], rel=1e-4)) for found in expected
+    ]
+    weights = AutoModelForCausalLM.from_pretrained(loud, dtype=torch.float32).eval()
+    positive, negative = both_sides(weights, booted.tokenizer, pairs, "mean")
+    assert relative_error(stacked(vectors), positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@BOTH_KINDS
+def test_outliers_are_the_same_whoever_shares_the_pass(kind: str, loud: Path) -> None:
+    booted = tl_persona.load_model(loud, kind=kind)
+
+    def found(**options: Any) -> list[Any]:
+        with pytest.warns(UserWarning, match=OUTLYING):
+            return [
+                vector.metadata["outliers"] for vector in extract(booted, chats(SYSTEM * 6), position="mean", **options)
+            ]
+
+    shared = found()
+    assert found(batch_size=1, batch_tokens=1) == [pytest.approx(each, rel=1e-5) for each in shared]
+    handle = booted.blocks[0].mlp.register_forward_hook(lambda *_: None)  # so every text runs whole
+    try:
+        assert found() == [pytest.approx(each, rel=1e-5) for each in shared]
+    finally:
+        handle.remove()
+
+
+def test_an_outlying_token_that_is_not_selected_is_not_reported(loud: Path, recwarn: pytest.WarningsRecorder) -> None:
+    vectors = extract(tl_persona.load_model(loud, kind="bridge"))  # the last tokens are points
+    expected = [{"tokens": 0, "texts": 0, "largest_share": None}] * N_LAYERS
+    assert [vector.metadata["outliers"] for vector in vectors] == expected
+    assert not [each for each in recwarn if "norm" in str(each.message)]
+
+
+def test_token_0_that_was_asked_for_is_counted_without_a_warning(loud: Path, recwarn: pytest.WarningsRecorder) -> None:
+    booted = tl_persona.load_model(loud, kind="bridge")
+    pairs = [{"positive": f"{WIND} {word}", "negative": word} for word in ("from the west.", "in the evening.")]
+    assert booted.tokenizer(WIND)["input_ids"] == booted.tokenizer(f"{WIND} from")["input_ids"][:1]
+    for options, tokens in (({}, 0), ({"include_first": True}, 2)):
+        vectors = extract(booted, pairs, position="mean", **options)
+        assert {vector.metadata["outliers"]["tokens"] for vector in vectors} == {tokens}
+        assert not [each for each in recwarn if "norm" in str(each.message)]
 
 
 def test_the_seed_decides_the_folds(model: Any) -> None:
