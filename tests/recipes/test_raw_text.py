@@ -1,4 +1,4 @@
-"""Raw text on a real chat model: without token 0 it separates as well as the same answers in chats. Figures with `-s`."""
+"""Raw text on a real chat model: without token 0 it separates as well as the same answers in chats; figures with -s."""
 
 import warnings
 from collections.abc import Callable
@@ -36,6 +36,33 @@ def vectors(smollm2_hooked: Callable[[str], Any]) -> Callable[..., SteeringVecto
     return of
 
 
+NEUTRAL = [
+    "The river rises in the hills to the north of the town and runs for forty miles before it reaches the sea. In "
+    "spring the water is high, and the lower fields are sometimes under it for a week. Most of the bridges were "
+    "built of stone in the eighteenth century, and three of them still carry traffic.",
+    "Bread is made from flour, water, salt and yeast. The dough is kneaded until it is smooth, left in a warm "
+    "place until it has doubled in size, shaped into a loaf and baked in a hot oven for about forty minutes. It "
+    "is done when it sounds hollow if you tap it underneath.",
+    "The library opens at nine in the morning and closes at six in the evening, except on Thursdays, when it "
+    "stays open until eight. Books may be borrowed for three weeks. The reading room is on the second floor, next "
+    "to the map collection, and has space for about sixty people.",
+    "A train leaves the main station every half hour. The journey to the coast takes a little less than two hours "
+    "and passes through five small towns. Tickets can be bought from the machines on the platform or from the "
+    "conductor on board.",
+]
+
+
+def surprise(model: Any) -> float:
+    """Negative log-likelihood of neutral text, in nats a token."""
+    nats = []
+    for text in NEUTRAL:
+        ids = torch.tensor(model.tokenizer(text)["input_ids"])
+        with torch.no_grad():
+            logits = model(ids[None])[0, :-1].double()
+        nats.append(-logits.log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0])
+    return float(torch.cat(nats).mean())
+
+
 def auc(vector: SteeringVector) -> float:
     return float(vector.metadata["statistics"]["auc"])
 
@@ -71,6 +98,26 @@ def test_raw_answers_separate_as_well_as_chats_do_and_better_than_with_token_0(
     assert auc(best) >= auc(of_chats) - 0.02
     assert auc(best) > auc(there)
     assert auc(best) >= auc(as_before.get_best("separation"))
+
+
+@pytest.mark.parametrize(("behavior", "layer"), [("refusal", 18), ("formality", 14)])
+def test_coefficient_1_costs_neutral_text_less_without_token_0(
+    behavior: str, layer: int, vectors: Callable[..., SteeringVectorSet], smollm2_hooked: Callable[[str], Any]
+) -> None:
+    model = smollm2_hooked(KIND)
+    without, as_before = vectors(behavior)[layer], vectors(behavior, include_first=True)[layer]
+    unsteered = surprise(model)
+    costs = {}
+    for name, vector in (("without", without), ("with", as_before)):
+        with vector.steer(model, 1.0):
+            costs[name] = surprise(model) - unsteered
+    cosine = float(torch.cosine_similarity(without.vector, as_before.vector, dim=0))
+    print(
+        f"\n{behavior}: {unsteered:.2f} nats a token, steered {unsteered + costs['without']:.2f}, with token 0 "
+        f"{unsteered + costs['with']:.2f}; norms {without.norm:.1f} and {as_before.norm:.1f}, cosine {cosine:.2f}"
+    )
+    assert costs["without"] < costs["with"]
+    assert costs["without"] < 0.3
 
 
 def test_the_table_shows_how_much_of_a_mean_token_0_is(vectors: Callable[..., SteeringVectorSet]) -> None:
