@@ -1,8 +1,9 @@
 """Steering vectors of every layer beside rotalabs-steer, steering-vectors and repeng, on SmolLM2 in float32.
 
-Sixteen refusal pairs, rendered once by the chat template and given to everybody as raw text with the last token read.
-Ours must be the naive oracle's, and the two that take mean differences must agree with it; repeng takes a principal
-component, so only its time is told. Every run of ours that is timed must have taken the shortcuts of its model's class.
+Sixteen refusal pairs, rendered once by the chat template and given to everybody as raw text with the last token read;
+token 0 counts, as it does with the others. Ours must be the naive oracle's, and the two that take mean differences
+must agree with it; repeng takes a principal component, so only its time is told. Every run of ours that is timed must
+have taken the shortcuts of its model's class.
 """
 
 import os
@@ -47,7 +48,7 @@ def test_all_layers_of_a_steering_vector(model: Any, tmp_path: Path, benchmark: 
         {side: render(list(getattr(pair, side)), tokenize=False) for side in ("positive", "negative")}
         for pair in list(load_pairs("refusal"))[:N_PAIRS]
     ]
-    found = extract_caa_vectors(model, None, pairs, show_progress=False)
+    found = extract_caa_vectors(model, None, pairs, include_first=True, show_progress=False)
     vectors = torch.stack([vector.vector for vector in found])
     assert relative_error(vectors, difference_of_means(model.tokenizer, pairs)) < 1e-5
     own: list[float] = []
@@ -63,7 +64,7 @@ def test_all_layers_of_a_steering_vector(model: Any, tmp_path: Path, benchmark: 
     with Worker("caa_worker.py", needs="rotalabs_steer") as worker, watched_runs() as runs:
 
         def run_ours() -> None:
-            own.append(timed(lambda: extract_caa_vectors(model, None, pairs, show_progress=False)))
+            own.append(timed(lambda: extract_caa_vectors(model, None, pairs, include_first=True, show_progress=False)))
 
         def run_the_others() -> None:
             for name, request in contenders.items():

@@ -5,7 +5,8 @@ show a behaviour minus the mean over texts that do not. All layers come out of o
 statistics that say which layer to trust.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tl_persona.provenance import Provenance, software_versions, text_digest
 from tl_persona.statistics.directions import Direction, mean_difference
 from tl_persona.statistics.layers import layer_statistics
 from tl_persona.statistics.means import ActivationSpool
+from tl_persona.statistics.outliers import OUTLYING, OutlierTally
 from tl_persona.vectors.vector import SteeringVector
 from tl_persona.vectors.vector_set import SteeringVectorSet
 
@@ -78,6 +80,7 @@ def extract_caa_vectors(
     batch_tokens: int | None = None,
     behavior: str | None = None,
     direction: Direction = mean_difference,
+    include_first: bool = False,
     seed: int = 0,
     remote: bool = False,
     on_status: OnStatus | None = None,
@@ -94,7 +97,7 @@ def extract_caa_vectors(
             attributes; each side is raw text or chat messages.
         layer_indices: Which layers (see `models.hooks.resolve_hooks`); None is the output of every block.
         token_position: `"last"`, `"first"`, `"mean"` or an index: over the whole of a raw text, within the answer of a
-            chat; or, for chats, a mask strategy.
+            chat; or, for chats, a mask strategy. `"first"` and `"mean"` of a raw text leave its token 0 out.
         show_progress: Shows a bar on a terminal.
         batch_size: Rows a forward pass may have at most, a row being a text, or several packed into one where they
             share a prefix; None leaves it to the token budget.
@@ -102,6 +105,8 @@ def extract_caa_vectors(
         behavior: Name of the behaviour; None takes the data set's.
         direction: What turns both sides' activations into a direction (see `directions`), or a function of yours with
             that signature.
+        include_first: Whether `"first"` and `"mean"` of a raw text take its token 0 in, BOS or not, whose activation is
+            enormous in many models; no effect on chats and other positions.
         seed: Of the statistics' folds, halvings and resamples.
         remote: True runs on NDIF; `model` may then be a name.
         on_status: Told how remote jobs are (see `backends.OnStatus`).
@@ -111,11 +116,12 @@ def extract_caa_vectors(
 
     Returns:
         One vector a layer, float32, with `num_pairs`, `token_position`, `pos_mean_norm`, `neg_mean_norm`,
-        `vector_norm` and `statistics` in its metadata.
+        `vector_norm`, `statistics` and `outliers` in its metadata, and `include_first` where that decided which tokens
+        count. Selected tokens of outlying norm (see `statistics.outliers`) are kept, and a warning names the worst.
 
     Raises:
-        InputError: No pairs, a pair that cannot be used, a position outside a text, or a text longer than the model's
-            context (nothing is truncated); before the model runs.
+        InputError: No pairs, a pair that cannot be used, a position outside a text, a raw text without a token after
+            token 0, or a text longer than the model's context (nothing is truncated); before the model runs.
         HookError: A layer the model does not have, or two hooks of one block.
         NonFiniteError: An activation holds NaN or infinity.
         RemoteError: A remote run did not come to its end.
@@ -124,16 +130,23 @@ def extract_caa_vectors(
     backend = open_backend(model, tokenizer=tokenizer, remote=remote, on_status=on_status, journal=journal)
     hook_names = resolve_hooks(layer_indices, backend.facts.hook_names, backend.facts.n_layers)
     layers = _layers(hook_names)
-    inputs = contrast_texts(backend.tokenizer, list(pairs), token_position, template_kwargs=template_kwargs)
+    inputs = contrast_texts(
+        backend.tokenizer, list(pairs), token_position, include_first=include_first, template_kwargs=template_kwargs
+    )
     plan = backend.plan(inputs.samples, batch_tokens=batch_tokens, max_rows=batch_size)
+    tally = OutlierTally(len(hook_names), expects_first=bool(inputs.include_first))
     spool = ActivationSpool(len(hook_names), len(inputs.samples), backend.facts.d_model)
     try:
         title = f"{pairs.behavior}, {len(hook_names)} layers"
         with token_progress(title, plan.tokens, computed=plan.tokens_distinct, show=show_progress) as advance:
             for pooled in backend.pool(plan, hook_names):
                 spool.write(pooled.sample, pooled.means[0].float())
+                tally.add(pooled.sample, pooled.norms, plan.samples[pooled.sample].masks[0].cpu())
                 advance(len(plan.samples[pooled.sample].input_ids))
         vectors = SteeringVectorSet(pairs.behavior)
+        chosen: dict[str, Any] = {"token_position": token_position}
+        if inputs.include_first is not None:
+            chosen["include_first"] = inputs.include_first
         method = METHOD_NAMES.get(_name(direction), _name(direction))
         provenance = _provenance(backend, model_name, hook_names, token_position, pairs, inputs)
         for index, (hook_name, layer) in enumerate(zip(hook_names, layers, strict=True)):
@@ -147,7 +160,7 @@ def extract_caa_vectors(
                     vector=direction(pos, neg).float(),
                     model_name=model_name or backend.facts.name,
                     extraction_method=method,
-                    metadata={"token_position": token_position, **statistics.as_metadata()},
+                    metadata={**chosen, **statistics.as_metadata(), "outliers": tally.as_metadata(index)},
                     hook_name=hook_name,
                     provenance=msgspec.structs.replace(provenance, hook_names=(hook_name,)),
                 )
@@ -155,7 +168,25 @@ def extract_caa_vectors(
     finally:
         spool.close()
     backend.saved()
+    _warn_of(tally, pairs.behavior, layers, inputs, backend.tokenizer)
     return vectors
+
+
+def _warn_of(tally: OutlierTally, behavior: str, layers: Sequence[int], inputs: ContrastTexts, tokenizer: Any) -> None:
+    if not tally.hooks or tally.worst is None:
+        return
+    worst, sample = tally.worst, inputs.samples[tally.worst.sample]
+    token = tokenizer.decode([int(sample.input_ids[worst.position])])
+    share = max((tally.largest_share(hook) or 0.0 for hook in tally.hooks), default=0.0)
+    weight = f" One token is up to {share:.0%} of a mean." if share else ""
+    warnings.warn(
+        f"the vectors for {behavior!r}: at {len(tally.hooks)} of {len(layers)} layers, selected tokens have a norm at "
+        f"least {OUTLYING:g} times the median of their text, up to {tally.most} at one layer; the worst is {token!r}, "
+        f"token {worst.position} of {sample.sample_id}, {worst.ratio:.0f} times at layer {layers[worst.hook]}. They "
+        f"were not removed.{weight} Look at the outliers of each layer in summary(), and choose a layer without them, "
+        "or another token_position",
+        stacklevel=3,
+    )
 
 
 def _name(direction: Direction) -> str:

@@ -93,5 +93,8 @@ LayerVectors = Float[Tensor, "layer d_model"]
 PooledMeans = Float[Tensor, "mask hook d_model"]
 """For one sample, the mean of every hook over the tokens of every mask, in float32."""
 
+TokenNorms = Float[Tensor, "hook pos"]
+"""For one sample, the L2 norm of every hook's activation at every token."""
+
 SlotSums = Float[Tensor, "slot hook d_model"]
 """For every slot, the sum of the means that were added to it."""

@@ -88,7 +88,7 @@ def pool(
 ) -> list[Tensor]:
     """The pooled means of every sample, in the order of the samples."""
     backend = open_backend(model, tokenizer=tokenizer)
-    pooled = dict(backend.pool(backend.plan(samples, **limits), hooks))
+    pooled = {each.sample: each.means for each in backend.pool(backend.plan(samples, **limits), hooks)}
     return [pooled[index] for index in range(len(samples))]
 
 

@@ -154,7 +154,7 @@ def test_a_transformers_model_runs_as_it_is_now(tiny_llama: Path, caplog: pytest
 
     def found() -> list[Tensor]:
         backend = open_backend(hf_model, tokenizer=tokenizer)
-        pooled = dict(backend.pool(backend.plan(samples), ALL_LAYERS))
+        pooled = {each.sample: each.means for each in backend.pool(backend.plan(samples), ALL_LAYERS)}
         return [pooled[index] for index in range(len(samples))]
 
     def expected() -> list[Tensor]:

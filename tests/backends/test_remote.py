@@ -138,7 +138,7 @@ APART = samples_of(20, 35, 8, 50)
 
 
 def pooled(backend: Backend, samples: list[Sample], hooks: list[str]) -> dict[int, Tensor]:
-    return dict(backend.pool(backend.plan(samples), hooks))
+    return {each.sample: each.means for each in backend.pool(backend.plan(samples), hooks)}
 
 
 def assert_oracle(backend: Backend, samples: list[Sample], weights: Any) -> None:
@@ -293,6 +293,7 @@ def test_steering_vectors_are_those_of_a_local_run(remote: Any, folder: Path) ->
         other = there[vector.layer_index]
         assert relative_error(other.vector, vector.vector) < 1e-4
         assert other.metadata["num_pairs"] == 6
+        assert other.metadata["outliers"] == "not checked"
 
 
 def test_activations_of_a_named_model(standin: Standin, folder: Path, weights: Any, monkeypatch: Any) -> None:

@@ -83,8 +83,8 @@ def test_every_hook_of_a_family_is_that_of_transformer_lens(
     assert {name.rpartition(".")[2] for name in hooks} == inside | {"hook_resid_pre", "hook_resid_post"}
     lens = open_backend(load_model(folder, kind="bridge"))
     texts = samples()
-    expected = dict(lens.pool(lens.plan(texts), hooks))
-    for index, means in here.pool(here.plan(texts), hooks):
+    expected = {each.sample: each.means for each in lens.pool(lens.plan(texts), hooks)}
+    for index, means, _ in here.pool(here.plan(texts), hooks):
         for mine, theirs in zip(means, expected[index], strict=True):
             assert relative_error(mine, theirs) < 1e-5
 
@@ -131,9 +131,9 @@ def test_the_name_that_a_server_has_for_a_cache_is_found_by_trying(
     ]
     hooks = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
     with caplog.at_level("WARNING", logger="tl_persona"):
-        found = dict(here.pool(here.plan(texts, batch_tokens=64), hooks))
+        found = {each.sample: each.means for each in here.pool(here.plan(texts, batch_tokens=64), hooks)}
     lens = open_backend(load_model(folder, kind="bridge"))
-    for index, means in lens.pool(lens.plan(texts), hooks):
+    for index, means, _ in lens.pool(lens.plan(texts), hooks):
         assert relative_error(found[index], means) < 1e-5
     told = [record.getMessage() for record in caplog.records if "on the server" in record.getMessage()]
     if known is None:

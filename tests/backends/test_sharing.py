@@ -64,7 +64,8 @@ LAYOUTS = {
 
 def plain(model: Any, samples: Sequence[Sample], hooks: Sequence[str] = tuple(ALL_LAYERS)) -> list[Tensor]:
     """The same, each sample whole and by itself."""
-    pooled = dict(open_backend(model).pool(make_plan(samples, batch_tokens=1), hooks))
+    found = open_backend(model).pool(make_plan(samples, batch_tokens=1), hooks)
+    pooled = {each.sample: each.means for each in found}
     return [pooled[index] for index in range(len(samples))]
 
 
@@ -706,7 +707,7 @@ def test_what_waits_for_its_samples_does_not_grow_with_their_number(
     monkeypatch.setattr(local_backend, "PoolingRun", Observed)
 
     def most_waiting(n_samples: int) -> int:
-        """Bytes of sums held between passes, where every sample masks the prompt that all share."""
+        """Bytes of sums and norms held between passes, where every sample masks the prompt that all share."""
         texts = ((text(60, 1), torch.tensor([20 + index]), text(4, index)) for index in range(n_samples))
         backend = open_backend(model)
         plan = backend.plan(samples_of(*texts, prefix=40))
@@ -717,4 +718,5 @@ def test_what_waits_for_its_samples_does_not_grow_with_their_number(
 
 def bytes_waiting(run: Any) -> int:
     tensors = {id(sums): sums for parts in run._earlier.values() for _, sums, _ in parts}
+    tensors |= {id(norms): norms for parts in run._norms.values() for _, norms in parts}
     return sum(tensor.nbytes for tensor in tensors.values())

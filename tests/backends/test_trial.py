@@ -52,7 +52,7 @@ def pooled(model: Any) -> tuple[list[Tensor], dict[str, Any]]:
     backend = open_backend(model)
     samples = [Sample(f"t{place}", ids, torch.ones(1, len(ids)).bool()) for place, ids in enumerate(texts())]
     means: list[Any] = [None] * len(samples)
-    for sample, mean in backend.pool(backend.plan(samples), HOOKS):
+    for sample, mean, _ in backend.pool(backend.plan(samples), HOOKS):
         means[sample] = mean[0]
     return means, backend.notes
 

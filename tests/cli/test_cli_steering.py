@@ -108,6 +108,18 @@ def test_an_int_is_a_token_position_too(cli: CommandLine) -> None:
 
 
 @pytest.mark.tl
+def test_include_first_is_passed_on(cli: CommandLine) -> None:
+    assert cli.caa("--token-position", "mean", "--layers", "1") == 0
+    without = cli.saved()[1]
+    assert cli.caa("--token-position", "mean", "--layers", "1", "--include-first") == 0
+    assert (without.metadata["include_first"], cli.saved()[1].metadata["include_first"]) == (False, True)
+    expected = extract_caa_vectors(load_model(cli.model, "bridge"), None, RAW, [1], "mean", include_first=True)
+    assert torch.equal(cli.saved()[1].vector, expected[1].vector) and not torch.equal(
+        without.vector, expected[1].vector
+    )
+
+
+@pytest.mark.tl
 def test_too_few_pairs_to_judge_a_layer_by_are_said_so(cli: CommandLine) -> None:
     ContrastPairDataset("plainness", RAW[:1]).save(cli.pairs)
     assert cli.caa() == 0
@@ -283,6 +295,21 @@ def test_show_describes_a_set_and_each_of_its_files(cli: CommandLine) -> None:
         f"texts 8, digest {found.provenance.prompts_digest}",
     ):
         assert row in cli.out
+
+
+def test_show_has_the_outlying_tokens_where_there_are_some(cli: CommandLine) -> None:
+    counts = {"tokens": 12, "texts": 9, "largest_share": 0.876}
+    loud = SteeringVector("calm", 1, torch.ones(2), "m", metadata={"outliers": counts})
+    quiet = SteeringVector("calm", 2, torch.ones(2), "m", metadata={"outliers": {**counts, "tokens": 0}})
+    SteeringVectorSet("calm", [loud, quiet]).save(cli.output)
+    assert cli("show", cli.output) == 0
+    assert "outliers largest share" in cli.out and " 12 0.88 " in cli.out
+    SteeringVectorSet("calm", [quiet]).save(cli.output)
+    assert cli("show", cli.output) == 0
+    assert "outliers" not in cli.out
+    loud.save(cli.folder / "loud")
+    assert cli("show", cli.folder / "loud.safetensors") == 0
+    assert "outliers largest_share 0.876, texts 9, tokens 12" in cli.out
 
 
 def test_show_reads_vectors_of_rotalabs_steer_and_says_what_it_does_not_know(cli: CommandLine) -> None:

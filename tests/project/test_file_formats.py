@@ -99,6 +99,7 @@ def test_a_steering_vector(steering: Path) -> None:
     assert set(contents) == _listed("Contents")
     assert set(contents["metadata"]) == _listed("Metadata of an extracted vector")
     assert set(contents["metadata"]["statistics"]) == _listed("Statistics")
+    assert set(contents["metadata"]["outliers"]) == _listed("Outliers")
 
 
 def test_a_set_of_steering_vectors(steering: Path) -> None:

@@ -31,9 +31,11 @@ def chat(answer: str, *, system: str | None = None, question: str = QUESTION) ->
 CHAT = ContrastPair(chat(ANSWERS[0]), chat(ANSWERS[1]))
 
 
-def chosen(tokenizer: Any, pair: ContrastPair, position: TokenPosition) -> list[tuple[list[int], list[int]]]:
+def chosen(
+    tokenizer: Any, pair: ContrastPair, position: TokenPosition, **options: Any
+) -> list[tuple[list[int], list[int]]]:
     """For each side, its ids and the indices of the tokens that count."""
-    samples = contrast_texts(tokenizer, [pair], position).samples
+    samples = contrast_texts(tokenizer, [pair], position, **options).samples
     assert all(sample.masks.shape == (1, len(sample.input_ids)) for sample in samples)
     return [(sample.input_ids.tolist(), sample.masks[0].nonzero()[:, 0].tolist()) for sample in samples]
 
@@ -50,13 +52,48 @@ def test_raw_text_is_what_the_tokenizer_makes_of_it_and_a_position_counts_over_a
     expected = [tokenizer(text)["input_ids"] for text in (RAW.positive, RAW.negative)]
     assert [ids for ids, _ in chosen(tokenizer, RAW, "last")] == expected
     assert [places for _, places in chosen(tokenizer, RAW, "last")] == [[len(ids) - 1] for ids in expected]
-    assert [places for _, places in chosen(tokenizer, RAW, "first")] == [[0], [0]]
-    assert [places for _, places in chosen(tokenizer, RAW, "mean")] == [list(range(len(ids))) for ids in expected]
+    assert [places for _, places in chosen(tokenizer, RAW, 0)] == [[0], [0]]
 
 
-def test_the_first_token_of_raw_text_is_the_bos_where_there_is_one() -> None:
-    ids, places = chosen(WITH_BOS, RAW, "first")[0]
+@pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS], ids=["no BOS", "BOS"])
+def test_the_mean_and_the_first_token_of_raw_text_leave_token_0_out_unless_it_is_asked_for(tokenizer: Any) -> None:
+    lengths = [len(tokenizer(text)["input_ids"]) for text in (RAW.positive, RAW.negative)]
+    assert [places for _, places in chosen(tokenizer, RAW, "first")] == [[1], [1]]
+    assert [places for _, places in chosen(tokenizer, RAW, "mean")] == [list(range(1, length)) for length in lengths]
+    asked = {"include_first": True}
+    assert [places for _, places in chosen(tokenizer, RAW, "first", **asked)] == [[0], [0]]
+    assert [places for _, places in chosen(tokenizer, RAW, "mean", **asked)] == [list(range(n)) for n in lengths]
+
+
+def test_token_0_of_raw_text_is_the_bos_where_there_is_one_and_is_counted_as_any_other() -> None:
+    ids, places = chosen(WITH_BOS, RAW, "first", include_first=True)[0]
     assert [ids[place] for place in places] == [WITH_BOS.bos_token_id]
+    own = ContrastPair(f"{WITH_BOS.bos_token}The sea.", "The wind.")
+    assert [places[0] for _, places in chosen(WITH_BOS, own, "mean")] == [1, 1]
+
+
+@pytest.mark.parametrize("position", ["first", "mean"])
+def test_a_raw_text_of_one_token_alone_is_refused_with_both_ways_out(position: str) -> None:
+    for tokenizer, text in ((PLAIN, "a"), (WITH_BOS, WITH_BOS.bos_token)):
+        pair = ContrastPair(text, "The wind.")
+        message = r"^pair 0 positive: the text is one token alone.* longer text, or pass include_first=True"
+        with pytest.raises(InputError, match=message):
+            chosen(tokenizer, pair, position)
+        assert next(places for _, places in chosen(tokenizer, pair, position, include_first=True)) == [0]
+        assert next(places for _, places in chosen(tokenizer, pair, "last")) == [0]
+
+
+@pytest.mark.parametrize("position", ["last", "first", "mean", 0, -1, MaskStrategy.ANSWER_MEAN], ids=str)
+def test_token_0_is_left_out_of_no_chat(position: TokenPosition) -> None:
+    assert chosen(PLAIN, CHAT, position) == chosen(PLAIN, CHAT, position, include_first=True)
+
+
+def test_token_0_of_a_chat_counts_where_a_strategy_selects_it() -> None:
+    bare = build_tokenizer(FAMILIES["llama"])
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    pair = ContrastPair(*(chat(answer, system=SYSTEM) for answer in ANSWERS))
+    for ids, places in chosen(bare, pair, MaskStrategy.PERSONA_MEAN):
+        assert places[0] == 0 and text_of(bare, ids, places).strip() == SYSTEM  # the line break is part of a token
 
 
 def test_a_text_that_brings_its_own_bos_gets_no_second_one() -> None:

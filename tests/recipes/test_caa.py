@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tl_persona import caa, extract_caa_vector, extract_caa_vectors, get_model_c
 from tl_persona.data.contrast import ContrastPair, ContrastPairDataset, Side
 from tl_persona.errors import HookError, InputError, NonFiniteError
 from tl_persona.models.checkpoints import find_checkpoint
-from tl_persona.prompts.inputs import TokenPosition
+from tl_persona.prompts.inputs import TokenPosition, contrast_texts
 from tl_persona.prompts.masks import MaskStrategy
 from tl_persona.provenance import text_digest
 from tl_persona.statistics.directions import logistic_direction, mean_difference, pca_direction
@@ -69,7 +70,7 @@ def plain(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
     return model_of
 
 
-def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition) -> Tensor:
+def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition, include_first: bool = False) -> Tensor:
     """One text's activations by the definition: (layer, d_model)."""
 
     def tokens_of(part: str) -> list[int]:
@@ -79,6 +80,8 @@ def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition) ->
     if isinstance(side, str):
         ids = tokenizer(side)["input_ids"]
         counted = list(range(len(ids)))
+        if position in ("first", "mean") and not include_first:
+            counted = counted[1:]
     else:
         text = tokenizer.apply_chat_template(list(side), tokenize=False)
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -104,11 +107,13 @@ def naive(hf_model: Any, tokenizer: Any, side: Side, position: TokenPosition) ->
     return block_outputs(hf_model, torch.tensor(ids))[:, places].mean(dim=1)
 
 
-def both_sides(hf_model: Any, tokenizer: Any, pairs: Any, position: TokenPosition) -> tuple[Tensor, Tensor]:
+def both_sides(
+    hf_model: Any, tokenizer: Any, pairs: Any, position: TokenPosition, include_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """Activations of the positive and the negative sides, (pair, layer, d_model) each."""
     found = list(ContrastPairDataset("any", pairs))
     positive, negative = (
-        torch.stack([naive(hf_model, tokenizer, getattr(pair, side), position) for pair in found])
+        torch.stack([naive(hf_model, tokenizer, getattr(pair, side), position, include_first) for pair in found])
         for side in ("positive", "negative")
     )
     return positive, negative
@@ -138,15 +143,56 @@ def test_one_pass_for_all_layers_equals_the_definition(
     pairs: Any, position: TokenPosition, kind: str, family: str, tiny_hooked: Boot, plain: Callable[[str], Any]
 ) -> None:
     booted = tiny_hooked(family, kind)
-    if (family, position) == ("gemma", "first") and pairs is RAW:
-        # The BOS sees nothing but itself, so the definition gives zero, and only the rounding of batches is left.
-        found = stacked(extract(booted, pairs, position=position))
-        assert found.norm() < 1e-5 * both_sides(plain(family), booted.tokenizer, pairs, position)[0][0].norm()
-        return
     positive, negative = both_sides(plain(family), booted.tokenizer, pairs, position)
     vectors = extract(booted, pairs, position=position)
     assert vectors.layers == list(range(N_LAYERS))
     assert relative_error(stacked(vectors), positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@EVERY_FAMILY
+@BOTH_KINDS
+@pytest.mark.parametrize("position", ["first", "mean"])
+def test_include_first_brings_token_0_of_raw_text_back(
+    position: str, kind: str, family: str, tiny_hooked: Boot, plain: Callable[[str], Any]
+) -> None:
+    booted = tiny_hooked(family, kind)
+    positive, negative = both_sides(plain(family), booted.tokenizer, RAW, position, include_first=True)
+    found = stacked(extract(booted, position=position, include_first=True))
+    if (family, position) == ("gemma", "first"):
+        # The BOS sees nothing but itself, so the definition gives zero, and only the rounding of batches is left.
+        assert found.norm() < 1e-5 * positive[0].norm()
+        return
+    assert relative_error(found, positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("position", ["last", "first", "mean", "answer_mean", 1], ids=str)
+def test_include_first_changes_nothing_of_chats(position: TokenPosition, kind: str, tiny_hooked: Boot) -> None:
+    booted = tiny_hooked("llama", kind)
+    found = extract(booted, chats(), position=position, include_first=True)
+    assert torch.equal(stacked(found), stacked(extract(booted, chats(), position=position)))
+
+
+def test_metadata_has_include_first_where_it_decides_what_counts(model: Any) -> None:
+    def recorded(pairs: Any, position: TokenPosition, **options: Any) -> set[Any]:
+        return {vector.metadata.get("include_first") for vector in extract(model, pairs, position=position, **options)}
+
+    for position in ("first", "mean"):
+        assert recorded(RAW, position) == recorded([*chats(), RAW[0]], position) == {False}
+        assert recorded(RAW, position, include_first=True) == {True}
+        assert recorded(chats(), position) == recorded(chats(), position, include_first=True) == {None}
+    assert recorded(RAW, "last") == recorded(RAW, 0, include_first=True) == {None}
+
+
+@pytest.mark.parametrize("position", ["first", "mean"])
+def test_a_text_of_one_token_alone_is_refused_before_the_model_runs(position: str, model: Any) -> None:
+    pairs = [*RAW, {"positive": "What is your name?", "negative": "a"}]
+    assert len(model.tokenizer("a")["input_ids"]) == 1
+    message = r"pair 5 negative: the text is one token alone.*write a longer text, or pass include_first=True"
+    with nothing_runs(model), pytest.raises(InputError, match=message):
+        extract(model, pairs, position=position)
+    assert extract(model, pairs, position=position, include_first=True).layers == list(range(N_LAYERS))
+    assert extract(model, pairs, position="last").layers == list(range(N_LAYERS))
 
 
 @BOTH_KINDS
@@ -384,6 +430,102 @@ def test_metadata_has_norms_and_statistics_of_the_activations_themselves(
         expected = layer_statistics(pos, neg, seed=3).as_metadata()["statistics"]
         assert found["statistics"].pop("note") is expected.pop("note") is None
         assert found["statistics"] == pytest.approx(expected, rel=1e-4)
+
+
+WIND = " wind"
+
+
+@pytest.fixture(scope="module")
+def loud(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in which one word has an activation far longer than any other, at every layer."""
+    folder = tmp_path_factory.mktemp("loud") / "model"
+    weights, tokenizer = (kind.from_pretrained(tiny_model("llama")) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    (word,) = tokenizer(WIND)["input_ids"]
+    with torch.no_grad():
+        weights.get_input_embeddings().weight[word] *= 3000
+    weights.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def outlying_by_hand(folder: Path, pairs: Any, position: TokenPosition) -> list[dict[str, Any]]:
+    """For each layer, what `outliers` must be, by the definition and one text at a time."""
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found: list[dict[str, Any]] = [{"tokens": 0, "texts": 0, "largest_share": None} for _ in range(N_LAYERS)]
+    for sample in contrast_texts(tokenizer, list(ContrastPairDataset("any", pairs)), position).samples:
+        places = sample.masks[0].nonzero()[:, 0].tolist()
+        for layer, output in enumerate(block_outputs(weights, sample.input_ids[: places[-1] + 1])):
+            norms = output.norm(dim=-1).tolist()
+            outlying = [place for place in places if norms[place] >= 10 * median_low(norms)]
+            found[layer]["tokens"] += len(outlying)
+            found[layer]["texts"] += bool(outlying)
+            if len(places) > 1:
+                share = max(norms[place] for place in places) / sum(norms[place] for place in places)
+                found[layer]["largest_share"] = max(share, found[layer]["largest_share"] or 0.0)
+    return found
+
+
+OUTLYING = r"selected tokens have a norm at least 10 times the median of their text"
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("pairs", [RAW, chats(SYSTEM * 6)], ids=["raw", "chat"])
+def test_selected_tokens_of_outlying_norm_are_counted_named_and_kept(pairs: Any, kind: str, loud: Path) -> None:
+    booted = tl_persona.load_model(loud, kind=kind)
+    expected = outlying_by_hand(loud, pairs, "mean")
+    assert all(found["tokens"] == found["texts"] == 3 for found in expected)  # three answers have the word
+    with pytest.warns(UserWarning, match=OUTLYING) as caught:
+        vectors = extract(booted, pairs, position="mean")
+    (warning,) = caught
+    message = str(warning.message)
+    assert "at 3 of 3 layers" in message and "up to 3 at one layer" in message and "' wind', token" in message
+    for vector, found in zip(vectors, expected, strict=True):
+        assert vector.metadata["outliers"] == pytest.approx(found, rel=1e-4)
+    assert f"up to {max(found['largest_share'] for found in expected):.0%} of a mean" in message
+    rows = vectors.summary().rows
+    assert [(row["outliers"], row["largest_share"]) for row in rows] == [
+        (found["tokens"], pytest.approx(found["largest_share"], rel=1e-4)) for found in expected
+    ]
+    weights = AutoModelForCausalLM.from_pretrained(loud, dtype=torch.float32).eval()
+    positive, negative = both_sides(weights, booted.tokenizer, pairs, "mean")
+    assert relative_error(stacked(vectors), positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@BOTH_KINDS
+def test_outliers_are_the_same_whoever_shares_the_pass(kind: str, loud: Path) -> None:
+    booted = tl_persona.load_model(loud, kind=kind)
+
+    def found(**options: Any) -> list[Any]:
+        with pytest.warns(UserWarning, match=OUTLYING):
+            return [
+                vector.metadata["outliers"] for vector in extract(booted, chats(SYSTEM * 6), position="mean", **options)
+            ]
+
+    shared = found()
+    assert found(batch_size=1, batch_tokens=1) == [pytest.approx(each, rel=1e-5) for each in shared]
+    handle = booted.blocks[0].mlp.register_forward_hook(lambda *_: None)  # so every text runs whole
+    try:
+        assert found() == [pytest.approx(each, rel=1e-5) for each in shared]
+    finally:
+        handle.remove()
+
+
+def test_an_outlying_token_that_is_not_selected_is_not_reported(loud: Path, recwarn: pytest.WarningsRecorder) -> None:
+    vectors = extract(tl_persona.load_model(loud, kind="bridge"))  # the last tokens are points
+    expected = [{"tokens": 0, "texts": 0, "largest_share": None}] * N_LAYERS
+    assert [vector.metadata["outliers"] for vector in vectors] == expected
+    assert not [each for each in recwarn if "norm" in str(each.message)]
+
+
+def test_token_0_that_was_asked_for_is_counted_without_a_warning(loud: Path, recwarn: pytest.WarningsRecorder) -> None:
+    booted = tl_persona.load_model(loud, kind="bridge")
+    pairs = [{"positive": f"{WIND} {word}", "negative": word} for word in ("from the west.", "in the evening.")]
+    assert booted.tokenizer(WIND)["input_ids"] == booted.tokenizer(f"{WIND} from")["input_ids"][:1]
+    for options, tokens in (({}, 0), ({"include_first": True}, 2)):
+        vectors = extract(booted, pairs, position="mean", **options)
+        assert {vector.metadata["outliers"]["tokens"] for vector in vectors} == {tokens}
+        assert not [each for each in recwarn if "norm" in str(each.message)]
 
 
 def test_the_seed_decides_the_folds(model: Any) -> None:

@@ -30,7 +30,7 @@ def residuals(model: Any, texts: Sequence[Tensor], tokenizer: Any = None) -> lis
     backend = open_backend(model, tokenizer=tokenizer)
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(backend.facts.n_layers)]
     samples = [Sample(f"text {n}", ids, torch.eye(len(ids), dtype=torch.bool)) for n, ids in enumerate(texts)]
-    pooled = dict(backend.pool(backend.plan(samples), names))
+    pooled = {each.sample: each.means for each in backend.pool(backend.plan(samples), names)}
     return [pooled[n].transpose(0, 1) for n in range(len(samples))]
 
 

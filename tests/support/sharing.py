@@ -45,7 +45,7 @@ def pool(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """The pooled means of every sample, in the order of the samples, and the notes on how they came about."""
     backend = open_backend(model)
-    pooled = dict(backend.pool(backend.plan(samples, **limits), hooks))
+    pooled = {each.sample: each.means for each in backend.pool(backend.plan(samples, **limits), hooks)}
     assert_nothing_is_lost_in_silence(backend.notes)
     return [pooled[index] for index in range(len(samples))], backend.notes
 

@@ -29,6 +29,8 @@ from tl_persona.files import read_bytes
 from tl_persona.provenance import Provenance
 from tl_persona.vectors import SteeringVector, SteeringVectorSet, set_files
 from tl_persona.vectors.rotalabs import read_rotalabs
+from tl_persona.vectors.table import facts_of
+from tl_persona.vectors.vector import as_fields
 
 PROVENANCE = Provenance(
     model_name="tiny",
@@ -585,10 +587,25 @@ def test_the_summary_has_a_row_a_layer_with_its_interval() -> None:
     table = SteeringVectorSet("calm", [a_vector(7), found]).summary()
     assert [(row["layer"], row["norm"], row["auc"]) for row in table.rows] == [(2, 3.0, 0.954), (7, 5.0, None)]
     lines = str(table).splitlines()
-    assert lines[0].split() == ["layer", "hook", "pairs", "norm", "split", "half", "agreement", "AUC", "d'", "note"]
+    assert lines[0].split() == [
+        *("layer", "hook", "pairs", "norm", "split", "half", "agreement", "AUC", "d'"),
+        *("outliers", "largest", "share", "note"),
+    ]
     assert lines[1].split() == ["2", "blocks.2.hook_resid_post", "8", "3", "0.50", "1.00", "0.95", "[0.90,", "1.00]"]
     assert lines[2].split() == ["7", "blocks.7.hook_resid_post", "5"]
     assert lines[0].index("AUC") == lines[1].index("0.95")
+
+
+def test_the_summary_has_the_outlying_tokens_of_each_layer_and_their_largest_share() -> None:
+    metadata = {"outliers": {"tokens": 3, "texts": 2, "largest_share": 0.876}}
+    vectors = SteeringVectorSet(
+        "calm", [a_vector(1, metadata=metadata), a_vector(2, metadata={"outliers": "not checked"})]
+    )
+    table = vectors.summary()
+    assert [(row["outliers"], row["largest_share"]) for row in table.rows] == [(3, 0.876), (None, None)]
+    assert str(table).splitlines()[1].split()[-2:] == ["3", "0.88"]
+    told = [facts_of(as_fields(vector)) for vector in vectors]
+    assert [(facts["outliers"], facts.get("largest share")) for facts in told] == [("3", "0.88"), ("not checked", None)]
 
 
 def test_the_summary_escapes_what_it_shows_in_a_notebook() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tl_persona.models.facts import ModelFacts
 from tl_persona.plan.plan import Plan
-from tl_persona.tensors import PooledMeans, Sample, SlotSums
+from tl_persona.tensors import PooledMeans, Sample, SlotSums, TokenNorms
 
 JOURNAL_FOLDER = ".remote"
 """Below the root of a store, where a remote run keeps what it needs to continue after it was killed."""
@@ -21,10 +21,18 @@ OnStatus = Callable[[str, str, str], None]
 
 
 class Pooled(NamedTuple):
-    """The pooled activations of one sample: its index in the plan, and means of shape (mask, hook, d_model)."""
+    """The pooled activations of one sample.
+
+    Attributes:
+        sample: Its index in the plan.
+        means: Of shape (mask, hook, d_model).
+        norms: Norms of shape (hook, pos) of all tokens of the plan's sample, selected or not; None where they are not
+            known.
+    """
 
     sample: int
     means: PooledMeans
+    norms: TokenNorms | None = None
 
 
 class Totals(NamedTuple):
@@ -39,7 +47,8 @@ class Backend(Protocol):
     """Something that can plan samples and run the plan.
 
     `plan` checks the samples and lays them out for what the model is capable of, without running it. `pool` yields
-    each sample once, in any order, as soon as it is done; what it keeps does not grow with the number of samples.
+    each sample once, in any order, as soon as it is done, with the norms of its tokens where they are at hand; what it
+    keeps does not grow with the number of samples.
     `total` adds the mean of every mask of every sample to the slot named for it (`slots[sample][mask]`) and yields
     sums over a few samples at a time, so that little comes back from a server. `notes` tells how the last plan ran,
     for provenance; `interventions` is what acts on the model at this moment, as `Provenance` has it: empty for nothing,
@@ -74,6 +83,6 @@ class Backend(Protocol):
 
 def totals_of(pooled: Iterable[Pooled], slots: Sequence[Sequence[int]], n_slots: int) -> Iterator[Totals]:
     """Samples one by one as totals, for a backend that has each of them at hand."""
-    for sample, means in pooled:
+    for sample, means, _ in pooled:
         sums = torch.zeros((n_slots, *means.shape[1:]), dtype=means.dtype)
         yield Totals((sample,), sums.index_add_(0, torch.tensor(slots[sample]), means))

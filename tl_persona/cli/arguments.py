@@ -139,6 +139,11 @@ def _add_caa(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="POSITION",
         help="last, first, mean or an int, within the answer of a chat; or a mask strategy; default: last",
     )
+    what.add_argument(
+        "--include-first",
+        action="store_true",
+        help="let first and mean of a raw text take its token 0 in, whose norm is enormous in many models",
+    )
     what.add_argument("--direction", choices=("mean_difference", "pca", "logistic"), default="mean_difference")
     what.add_argument("--seed", type=int, default=0, help="of the statistics' folds and resamples")
     _add_template_argument(what)

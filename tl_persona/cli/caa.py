@@ -35,6 +35,7 @@ def run(arguments: Namespace) -> int:
         _position(arguments.token_position),
         batch_size=arguments.batch_size,
         direction=DIRECTIONS[arguments.direction],
+        include_first=arguments.include_first,
         seed=arguments.seed,
         template_kwargs=template_kwargs,
         on_status=status_printer(errors, verbose=arguments.verbose),

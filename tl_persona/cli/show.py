@@ -48,8 +48,10 @@ def layer_table(vectors: SteeringVectorSet) -> Table:
     for heading in ("layer", "norm", "split half", "agreement"):
         table.add_column(heading, justify="right")
     rows = vectors.summary().rows
-    # Without the notes, which most sets have none of, the table fits 80 columns.
-    for heading in ("AUC [95 %]", "d' [95 %]", *(["note"] if any(row["note"] for row in rows) else [])):
+    # Without outliers and notes, which most sets have none of, the table fits 80 columns.
+    outlying, noted = any(row["outliers"] for row in rows), any(row["note"] for row in rows)
+    optional = [*(["outliers", "largest share"] if outlying else []), *(["note"] if noted else [])]
+    for heading in ("AUC [95 %]", "d' [95 %]", *optional):
         table.add_column(heading)
     for row in rows:
         table.add_row(
@@ -57,7 +59,12 @@ def layer_table(vectors: SteeringVectorSet) -> Table:
             f"{row['norm']:.4g}",
             *(_number(row[name]) for name in ("split_half", "agreement")),
             *(_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("auc", "d_prime")),
-            *([row["note"]] if row["note"] else []),
+            *(
+                ["" if row["outliers"] is None else str(row["outliers"]), _number(row["largest_share"])]
+                if outlying
+                else []
+            ),
+            *([row["note"] or ""] if noted else []),
         )
     return table
 
@@ -89,12 +96,15 @@ def _facts_of_set(vector: SteeringVector) -> Table:
     table.add_row("vector", f"{vector.dim} d_model, {str(vector.vector.dtype).removeprefix('torch.')}")
     table.add_row("norm", f"{vector.norm:.4g}")
     found = dict(vector.metadata)
-    statistics = found.pop("statistics", None)
+    outliers, statistics = found.pop("outliers", None), found.pop("statistics", None)
     for name, value in found.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     for name, value in statistics.items() if isinstance(statistics, dict) else ():
         if value is not None:
             table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    if outliers is not None:
+        counts = isinstance(outliers, dict)
+        table.add_row("outliers", ", ".join(f"{k} {v}" for k, v in outliers.items()) if counts else str(outliers))
     return _provenance(table, vector)
 
 

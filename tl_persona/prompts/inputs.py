@@ -22,6 +22,7 @@ TokenPosition: TypeAlias = int | str
 """`"last"`, `"first"`, `"mean"`, an index (negative: from the end), or for chats a mask strategy's name."""
 
 _WORDS = ("last", "first", "mean")
+_WITHOUT_TOKEN_0 = ("first", "mean")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class ContrastTexts:
         samples: Positive and negative of the first pair, of the second, and so on; one mask row each.
         texts: What was tokenized, in the same order.
         template_digest: Of the chat template in use; None where all texts are raw.
+        include_first: Whether a mean or first token of raw text may be token 0; None where that decides nothing.
     """
 
     samples: tuple[Sample, ...]
     texts: tuple[str, ...]
     template_digest: str | None
+    include_first: bool | None
 
 
 def contrast_texts(
@@ -44,12 +47,17 @@ def contrast_texts(
     pairs: Sequence[ContrastPair],
     token_position: TokenPosition = "last",
     *,
+    include_first: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> ContrastTexts:
     """Renders, tokenizes and masks both sides of every pair.
 
+    In raw text `mean` and `first` leave token 0 out, BOS or not: many models give whatever stands there an activation
+    of enormous norm that says nothing of the text. `include_first` brings it back.
+
     Raises:
-        InputError: An unknown position, one that lies outside a text, or a mask strategy on raw text; names the pair.
+        InputError: An unknown position, one that lies outside a text, a text that has nothing after token 0, or a mask
+            strategy on raw text; names the pair.
         PromptError: A chat that cannot be rendered or located; names the pair.
     """
     _check(token_position)
@@ -69,13 +77,18 @@ def contrast_texts(
     for name, side in sides:
         if isinstance(side, str):
             ids = torch.tensor(raw_ids[name], dtype=torch.long)
-            mask = _position_mask(name, 0, len(ids), len(ids), token_position)
+            mask = _raw_mask(name, len(ids), token_position, include_first)
             texts.append(side)
         else:
             ids, mask = prompts[name].input_ids, chat_masks[name]
             texts.append(prompts[name].prompt_text)
         samples.append(Sample(name, ids, mask[None]))
-    return ContrastTexts(tuple(samples), tuple(texts), rendered[0].proof.template_digest if rendered else None)
+    return ContrastTexts(
+        samples=tuple(samples),
+        texts=tuple(texts),
+        template_digest=rendered[0].proof.template_digest if rendered else None,
+        include_first=include_first if raw and token_position in _WITHOUT_TOKEN_0 else None,
+    )
 
 
 def _check(position: TokenPosition) -> None:
@@ -95,6 +108,16 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         raise InputError("the model has no tokenizer: pass one")
     bos: str = getattr(tokenizer, "bos_token", None) or ""
     return [list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]) for text in texts]
+
+
+def _raw_mask(name: str, length: int, position: TokenPosition, include_first: bool) -> TokenMask:
+    start = 0 if include_first or position not in _WITHOUT_TOKEN_0 else 1
+    if length == 1 and start == 1:
+        raise InputError(
+            f"{name}: the text is one token alone, and {position} of raw text leaves token 0 out: write a longer text, "
+            "or pass include_first=True (--include-first)"
+        )
+    return _position_mask(name, start, length, length, position)
 
 
 def _position_mask(name: str, start: int, end: int, width: int, position: TokenPosition) -> TokenMask:

@@ -29,8 +29,21 @@ _STATISTICS = (
     "note",
 )
 _NORMS = ("pos_mean_norm", "neg_mean_norm")
-_COLUMNS = ("layer", "hook_name", "num_pairs", "norm", *_NORMS, *_STATISTICS)
-_HEADINGS = ("layer", "hook", "pairs", "norm", "split half", "agreement", "AUC", "d'", "note")
+_OUTLIERS = ("outliers", "largest_share")
+_COLUMNS = ("layer", "hook_name", "num_pairs", "norm", *_NORMS, *_OUTLIERS, *_STATISTICS)
+_HEADINGS = (
+    "layer",
+    "hook",
+    "pairs",
+    "norm",
+    "split half",
+    "agreement",
+    "AUC",
+    "d'",
+    "outliers",
+    "largest share",
+    "note",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,8 @@ class LayerTable:
     """What is known of the vectors of a set, one row a layer.
 
     Attributes:
-        rows: Dicts with `layer`, `hook_name`, `norm` and the statistics; None where there is none.
+        rows: Dicts with `layer`, `hook_name`, `norm`, the statistics, how many selected tokens are `outliers`, and the
+            `largest_share` of one token in a mean; None where there is none.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -72,7 +86,9 @@ def row_of(vector: Fields) -> dict[str, Any]:
     """The row of one vector."""
     found = {"layer": vector["layer_index"], "hook_name": vector["hook_name"], "norm": norm_of(vector["vector"])}
     found |= {name: vector["metadata"].get(name) for name in ("num_pairs", *_NORMS)}
-    found |= {name: _statistics(vector).get(name) for name in _STATISTICS}
+    found |= {name: _part(vector, "statistics").get(name) for name in _STATISTICS}
+    outliers = _part(vector, "outliers")
+    found |= {"outliers": outliers.get("tokens"), "largest_share": outliers.get("largest_share")}
     return {name: found[name] for name in _COLUMNS}
 
 
@@ -93,12 +109,14 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         number("agreement"),
         interval("auc"),
         interval("d_prime"),
+        number("outliers", "d"),
+        number("largest_share"),
         row["note"] or "",
     )
 
 
-def _statistics(vector: Fields) -> Mapping[str, Any]:
-    found = vector["metadata"].get("statistics")
+def _part(vector: Fields, name: str) -> Mapping[str, Any]:
+    found = vector["metadata"].get(name)
     return found if isinstance(found, Mapping) else {}
 
 
@@ -121,14 +139,16 @@ def facts_of(vector: Fields) -> dict[str, str]:
         "norm": told["norm"],
         "method": vector["extraction_method"],
         "token position": str(metadata.get("token_position", "")),
-        **{name: told[name] for name in ("pairs", "split half", "agreement", "AUC", "d'", "note")},
+        **{name: told[name] for name in ("pairs", "split half", "agreement", "AUC", "d'")},
+        "outliers": told["outliers"] or str(metadata.get("outliers") or ""),
+        **{name: told[name] for name in ("largest share", "note")},
     }
     return {name: fact for name, fact in facts.items() if fact}
 
 
 def score_of(vector: Fields, metric: str) -> tuple[float, ...] | None:
     """What a metric sorts by, larger being better; None where the vector lacks it."""
-    found = _statistics(vector)
+    found = _part(vector, "statistics")
     if metric == "norm":
         return (norm_of(vector["vector"]),)
     if metric == "split_half":

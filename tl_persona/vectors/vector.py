@@ -58,7 +58,8 @@ class SteeringVector(Shown):
         model_name: The model it was extracted from.
         extraction_method: How, such as `caa`.
         metadata: Facts that JSON can hold: `num_pairs`, `token_position`, `pos_mean_norm`, `neg_mean_norm` and
-            `vector_norm` as extracted, and `statistics` (see `statistics.layers.LayerStatistics`).
+            `vector_norm` as extracted, `statistics` (see `statistics.layers.LayerStatistics`), and `outliers`, the
+            selected tokens of outlying norm (see `statistics.outliers.OutlierTally`).
         hook_name: The hook it acts at; by default `resid_post` of the block.
         provenance: What it was computed from, where that is known.
 

@@ -121,12 +121,15 @@ class LocalBackend:
         return self._prover.foreseen(plan)
 
     def pool(self, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]:
-        """Yields the pooled activations of every sample of the plan, as soon as its last token has run.
+        """Yields the pooled activations of every sample of the plan, and its norms, as soon as its last token has run.
 
         Raises:
             HookError: A hook does not fire, or does not end in `d_model`.
             NonFiniteError: A pooled activation holds NaN or infinity.
         """
+        return self._pooled(plan, hook_names, with_norms=True)
+
+    def _pooled(self, plan: Plan, hook_names: Sequence[str], *, with_norms: bool) -> Iterator[Pooled]:
         names = list(hook_names)
         require_same(self.model, max((len(sample.input_ids) for sample in plan.given), default=0), names)
         modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
@@ -135,18 +138,18 @@ class LocalBackend:
             trusted, runner, self._path = self._settled(plan, names, modules)
         done = set()
         try:
-            for pooled in self._run(trusted, runner, names, modules):
+            for pooled in self._run(trusted, runner, names, modules, with_norms):
                 done.add(pooled.sample)
-                yield pooled
+                yield _of_plan(pooled, plan)
         except NonFiniteError:
             if trusted.sharing is Sharing.NONE:
                 raise
             # NaN spreads to everything beside it in a packed row: the plain path tells whose it is.
             with torch.no_grad(), evaluating(modules):
                 plain, _, _ = self._prover.settle(trusted.with_sharing(Sharing.NONE), names)
-            for pooled in self._run(plain, self._plain, names, modules):
+            for pooled in self._run(plain, self._plain, names, modules, with_norms):
                 if pooled.sample not in done:
-                    yield pooled
+                    yield _of_plan(pooled, plan)
             reason = f"{trusted.sharing}: NaN or infinity, which the same texts alone do not have"
             logging.getLogger("tl_persona").warning("%s: %s: they ran alone", self.facts.name, reason)
             self._path = {"sharing": str(Sharing.NONE), "fallbacks": [*self._path.get("fallbacks", []), reason]}
@@ -155,7 +158,7 @@ class LocalBackend:
         self, plan: Plan, hook_names: Sequence[str], slots: Sequence[Sequence[int]], n_slots: int
     ) -> Iterator[Totals]:
         """Yields every sample's means added to their slots; see `pool` for what is raised."""
-        return totals_of(self.pool(plan, hook_names), slots, n_slots)
+        return totals_of(self._pooled(plan, hook_names, with_norms=False), slots, n_slots)
 
     def saved(self) -> None:
         """Nothing was kept."""
@@ -173,9 +176,9 @@ class LocalBackend:
         return self._prover.settle(plan if untouched else plan.with_sharing(plan.wanted), names)
 
     def _run(
-        self, plan: Plan, runner: Runner, names: Sequence[str], modules: Sequence[torch.nn.Module]
+        self, plan: Plan, runner: Runner, names: Sequence[str], modules: Sequence[torch.nn.Module], with_norms: bool
     ) -> Iterator[Pooled]:
-        run = PoolingRun(plan, names)
+        run = PoolingRun(plan, names, with_norms)
         last_use = {each.context: index for index, each in enumerate(plan.passes)}
         contexts: dict[int, Any] = {}
         for index, each in enumerate(plan.passes):
@@ -207,6 +210,13 @@ class LocalBackend:
                     f"hook {name!r} gives shape {shape} for two tokens, not (1, 2, {self.facts.d_model}): choose a "
                     "hook whose last axis is d_model, such as blocks.0.hook_resid_post"
                 )
+
+
+def _of_plan(pooled: Pooled, plan: Plan) -> Pooled:
+    """Norms of the tokens that the plan's sample has, where the whole text ran."""
+    if pooled.norms is None:
+        return pooled
+    return pooled._replace(norms=pooled.norms[:, : len(plan.samples[pooled.sample].input_ids)])
 
 
 def modules_of(model: Any) -> list[torch.nn.Module]:

@@ -1,7 +1,8 @@
 """Means of captured activations over token masks, put together from the passes that computed a sample's tokens.
 
-Only positions that some mask selects are read, so padding cannot leak in, not even as 0 * infinity. Sums run in
-float64 where the device has it: bfloat16 sums lose a mean past some 256 tokens.
+Means read only positions that some mask selects, so padding cannot leak in, not even as 0 * infinity. Sums run in
+float64 where the device has it: bfloat16 sums lose a mean past some 256 tokens. Norms, where they are asked for, are
+of every token of a text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from tl_persona.backends.local.runners import capture_of
 from tl_persona.errors import NonFiniteError
 from tl_persona.plan.plan import Plan
 from tl_persona.plan.rows import Pass, Segment
-from tl_persona.tensors import PooledMeans
+from tl_persona.tensors import PooledMeans, TokenNorms
 
 
 class _Block(NamedTuple):
@@ -34,13 +35,17 @@ class PoolingRun:
     Args:
         plan: What is run.
         hook_names: The hooks, in the order of the results.
+        with_norms: Whether the results have the norms of all tokens.
     """
 
-    def __init__(self, plan: Plan, hook_names: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, hook_names: Sequence[str], with_norms: bool = False) -> None:
         self._samples = plan.samples
         self._hook_names = list(hook_names)
         # For each sample its masks' sums over earlier segments; one tensor serves all samples of a segment.
         self._earlier: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        # For each sample the norms over its segments so far, with where they start; shared in the same way.
+        self._norms: dict[int, list[tuple[int, TokenNorms]]] = {}
+        self._with_norms = with_norms
         self._segments_left = [0] * len(plan.samples)
         for each in plan.passes:
             for row in each.rows:
@@ -57,12 +62,18 @@ class PoolingRun:
         """
         done: list[int] = []
         blocks = []
+        norms = self._norms_of(captured) if self._with_norms else None
         for row_index, row in enumerate(each.rows):
             offset = 0
             for segment in row.segments:
                 block = self._block(row_index, offset, segment)
                 if block is not None:
                     blocks.append(block)
+                if norms is not None:
+                    # A copy, so that what waits for its samples does not hold the rest of the pass.
+                    part = norms[:, row_index, offset : offset + len(segment)].clone()
+                    for member in segment.members:
+                        self._norms.setdefault(member, []).append((segment.start, part))
                 offset += len(segment)
                 for member in segment.members:
                     self._segments_left[member] -= 1
@@ -75,7 +86,7 @@ class PoolingRun:
             for block, part in zip(blocks, sums.split([len(block.masks) for block in blocks]), strict=True):
                 for member, slots, which in block.takers:
                     self._earlier.setdefault(member, []).append((slots, part, which))
-        return [Pooled(member, self._mean(member)) for member in done]
+        return [Pooled(member, self._mean(member), self._joined(member)) for member in done]
 
     def _block(self, row: int, offset: int, segment: Segment) -> _Block | None:
         """What the masks of a segment's samples select in it; None where that is nothing."""
@@ -125,6 +136,22 @@ class PoolingRun:
         for slots, sums, which in earlier:
             total[slots] += sums[which]
         return total / masks.sum(dim=1)[:, None, None]
+
+    def _norms_of(self, captured: Mapping[str, Tensor]) -> Float[Tensor, "hook row pos"]:
+        norms: list[Tensor] = []
+        for name in self._hook_names:
+            activation = capture_of(captured, name)
+            # The square of a float16 norm is beyond float16.
+            wide = torch.promote_types(activation.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(activation, dim=-1, dtype=wide).float()
+            norms.append(norm.to(norms[0].device) if norms else norm)
+        return torch.stack(norms).cpu()
+
+    def _joined(self, member: int) -> TokenNorms | None:
+        if not self._with_norms:
+            return None
+        parts = sorted(self._norms.pop(member), key=lambda part: part[0])
+        return torch.cat([norms for _, norms in parts], dim=1)
 
     def _name_the_culprit(self, captured: Mapping[str, Tensor], blocks: Sequence[_Block]) -> None:
         # Read off the activations: in the sums, 0 * NaN has spread it to every mask of a text.
