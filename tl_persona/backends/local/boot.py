@@ -92,7 +92,7 @@ def hooked_transformer(
             ) from error
         cfg.model_name = Path(str(hf_model.config._name_or_path or type(hf_model).__name__)).name
         cfg.tokenizer_name = None
-        model = hooked_class(cfg, tokenizer=tokenizer, move_to_device=False)
+        model = hooked_class(cfg, move_to_device=False)
         model.load_and_process_state_dict(
             state_dict,
             fold_ln=process_weights,
@@ -101,8 +101,7 @@ def hooked_transformer(
             fold_value_biases=process_weights,
         )
         model.move_model_modules_to_device()
-    # TransformerLens may have replaced the tokenizer by one that adds a BOS; the template writes its own.
-    model.tokenizer = tokenizer
+    _give(model, tokenizer)
     booted: HookedModel = model.eval()
     return booted
 
@@ -149,7 +148,7 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
     try:
         with _quiet_deprecations(), no_processes():
             model = TransformerBridge.boot_transformers(
-                location, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype
+                location, hf_model=hf_model, tokenizer=_lent(tokenizer), dtype=hf_model.dtype
             )
             if process_weights:
                 model.enable_compatibility_mode(disable_warnings=True)
@@ -160,10 +159,37 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
             f"a bridge of {type(hf_model).__name__} needs a package that is missing or broken ({error}): "
             f"{install_advice(error)}"
         ) from error
-    model.tokenizer = tokenizer
+    _give(model, tokenizer)
     booted: HookedModel = model.eval()
     mend(booted)
     return booted
+
+
+def _lent(tokenizer: Any) -> Any:
+    """A copy to boot with: TransformerLens gives a tokenizer a BOS and an end of text that it has not, in place."""
+    lent = copy.deepcopy(tokenizer)
+    if hasattr(lent, "init_kwargs"):
+        # One that says that it adds a BOS is taken as it is; for others a second one is loaded by name.
+        lent.init_kwargs = {"name_or_path": "", **lent.init_kwargs, "add_bos_token": True}
+    return lent
+
+
+def _give(model: Any, tokenizer: Any) -> None:
+    """Sets the checkpoint's own tokenizer, and what TransformerLens notes of one as it is of this one."""
+    model.tokenizer = None  # a bridge changes a tokenizer that takes the place of another
+    model.tokenizer = tokenizer
+    if tokenizer is None:
+        return
+    if tokenizer.pad_token is None:
+        # `to_tokens` pads, also a single text. No text's tokens change.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    own = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    added = len(whole) > len(own)
+    heads = {tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None)} - {None}
+    model.cfg.tokenizer_prepends_bos = added and whole[0] in heads
+    if hasattr(model.cfg, "tokenizer_appends_eos"):
+        model.cfg.tokenizer_appends_eos = added and whole[-1] == tokenizer.eos_token_id
 
 
 def default_device() -> str:
@@ -201,7 +227,7 @@ def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
         twin = twin_of(hf_model, own_weights=reference is not None and reference.owns_weights)
     except NoReferenceError as error:
         raise ModelError(str(error)) from error
-    # TransformerLens gives a tokenizer without a BOS one, in place: not the caller's.
+    # A copy, since `to_tokens` needs padding that the caller's may lack.
     model = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
     digest = f"values:{identity_digest(hf_model)}"
     remember_source(model, ModelSource(inspection.name_of(model), None, digest, type(hf_model).__name__))
