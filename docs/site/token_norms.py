@@ -44,10 +44,7 @@ def picture(norms: torch.Tensor, tokens: list[str]) -> str:
             parts.append(f'<text x="{LEFT - 6}" y="{y + 9}" text-anchor="end">{layer}</text>')
         for position, norm in enumerate(norms[layer].tolist()):
             x = LEFT + position * CELL_WIDTH
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{CELL_WIDTH}" height="{CELL_HEIGHT}" fill="{colour(norm)}">'
-                f"<title>block {layer}, token {position}: {norm:.0f}</title></rect>"
-            )
+            parts.append(f'<rect x="{x}" y="{y}" width="{CELL_WIDTH}" height="{CELL_HEIGHT}" fill="{colour(norm)}"/>')
     for position, token in enumerate(tokens):
         x, y = LEFT + position * CELL_WIDTH + 16, bottom + 8
         parts.append(f'<text x="{x}" y="{y}" text-anchor="end" transform="rotate(-55 {x} {y})">{escape(token)}</text>')
