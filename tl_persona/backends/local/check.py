@@ -22,7 +22,7 @@ from tl_persona.backends.local.reference import NoReferenceError, Reference
 from tl_persona.backends.local.runners import capture_of, runners_for
 from tl_persona.backends.local.verdicts import Difference, VerdictFile
 from tl_persona.backends.shortcuts import tolerance_of
-from tl_persona.errors import HookError, InputError, ModelMismatchError
+from tl_persona.errors import ModelError, ModelMismatchError
 from tl_persona.models.facts import HookedModel
 from tl_persona.models.hooks import layer_of
 from tl_persona.plan.plan import make_plan
@@ -41,6 +41,9 @@ PAST = 8
 
 _ALL_POSITIONS = 640
 """Positions of a text that are all compared; of a longer one the last of them and some of the others are."""
+
+_SITES = 10
+"""How many times the tolerance of a residual may be seen at a hook inside a block."""
 
 _NOISE = 4
 """How many times the reference's own difference, with another text beside this one, may be seen."""
@@ -285,18 +288,14 @@ def site_differences(
     centred = "center_writing_weights" in weights_processing(model)
     dtype = dtype_of(model)
     exact = dtype in ("float32", "float64")
-    allowed = _allowed(dtype, weights_processing(model))
+    # What is added to the stream is small beside it, and rounded as the stream is.
+    allowed = _SITES * _allowed(dtype, weights_processing(model))
     verdicts = {}
     for name, value in got.items():
         candidates = inside.get(layer_of(name), [])
         worst = min((_relative(value, one, centred, exact) for one in candidates), default=float("inf"))
         verdicts[name] = Difference(
-            reference=reference.name,
-            n_tokens=n_tokens,
-            hook=name,
-            worst=worst,
-            allowed=allowed,
-            holds=worst <= allowed,
+            reference=reference.name, n_tokens=n_tokens, hook=name, worst=worst, allowed=allowed, holds=worst <= allowed
         )
     return verdicts
 
@@ -324,7 +323,9 @@ def _captured(
             captured, _ = plain.run(plan, whole, names, None, 0)
         index = torch.tensor(list(positions))
         return {name: capture_of(captured, name)[0].cpu()[index].double() for name in names}
-    except (InputError, HookError) as error:
+    except (MemoryError, torch.OutOfMemoryError, ModelError):
+        raise
+    except Exception as error:  # a hook that never fires, a text that is refused: the run itself says so
         raise NoReferenceError(str(error)) from error
     finally:
         for module in training:
