@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_persona.backends.base import Backend, OnStatus
 from tl_persona.backends.choice import open_backend
 from tl_persona.data.contrast import ContrastPairDataset, as_pairs
 from tl_persona.display import token_progress
-from tl_persona.errors import HookError
+from tl_persona.errors import HookError, InputError
 from tl_persona.models.hooks import LayerChoice, LayerSelection, layer_of, resolve_hooks
 from tl_persona.prompts.inputs import ContrastTexts, TokenPosition, contrast_texts
 from tl_persona.provenance import Provenance, software_versions, text_digest
@@ -24,6 +27,7 @@ from tl_persona.statistics.directions import Direction, mean_difference
 from tl_persona.statistics.layers import layer_statistics
 from tl_persona.statistics.means import ActivationSpool
 from tl_persona.statistics.outliers import OUTLYING, OutlierTally
+from tl_persona.tensors import Sample
 from tl_persona.vectors.vector import SteeringVector
 from tl_persona.vectors.vector_set import SteeringVectorSet
 
@@ -120,8 +124,10 @@ def extract_caa_vectors(
         count. Selected tokens of outlying norm (see `statistics.outliers`) are kept, and a warning names the worst.
 
     Raises:
-        InputError: No pairs, a pair that cannot be used, a position outside a text, a raw text without a token after
-            token 0, or a text longer than the model's context (nothing is truncated); before the model runs.
+        InputError: No pairs, a pair that cannot be used, a position outside a text or up to which both sides of every
+            pair are the same, a raw text without a token after token 0, or a text longer than the model's context
+            (nothing is truncated); before the model runs. Both sides of every pair have the same activation at a layer,
+            so that its vector would be zero.
         HookError: A layer the model does not have, or two hooks of one block.
         NonFiniteError: An activation holds NaN or infinity.
         RemoteError: A remote run did not come to its end.
@@ -133,6 +139,10 @@ def extract_caa_vectors(
     inputs = contrast_texts(
         backend.tokenizer, list(pairs), token_position, include_first=include_first, template_kwargs=template_kwargs
     )
+    # What acts on the model may look at a whole text, so that equal beginnings have other activations.
+    if not backend.interventions and all(map(_begin_alike, inputs.samples[0::2], inputs.samples[1::2])):
+        why = "the tokens up to there are the same, and a model sees no token that follows"
+        raise _no_difference(pairs, token_position, f"every layer: {why}")
     plan = backend.plan(inputs.samples, batch_tokens=batch_tokens, max_rows=batch_size)
     tally = OutlierTally(len(hook_names), expects_first=bool(inputs.include_first))
     spool = ActivationSpool(len(hook_names), len(inputs.samples), backend.facts.d_model)
@@ -149,6 +159,10 @@ def extract_caa_vectors(
             chosen["include_first"] = inputs.include_first
         method = METHOD_NAMES.get(_name(direction), _name(direction))
         provenance = _provenance(backend, model_name, hook_names, token_position, pairs, inputs)
+        same = [name for index, name in enumerate(hook_names) if _sides_are_equal(spool.read(index))]
+        if same:
+            advice = ", or leave these hooks out" if len(same) < len(hook_names) else ""
+            raise _no_difference(pairs, token_position, ", ".join(same), advice)
         for index, (hook_name, layer) in enumerate(zip(hook_names, layers, strict=True)):
             activations = spool.read(index)
             pos, neg = activations[0::2], activations[1::2]
@@ -189,6 +203,27 @@ def _warn_of(tally: OutlierTally, behavior: str, layers: Sequence[int], inputs: 
     )
 
 
+def _begin_alike(one: Sample, other: Sample) -> bool:
+    """Whether two samples have the same tokens up to the last that a mask selects, and the same of them selected."""
+    end = 1 + max(int(selected) for sample in (one, other) for selected in (-1, *sample.masks.nonzero()[:, 1]))
+    return torch.equal(one.input_ids[:end], other.input_ids[:end]) and torch.equal(
+        one.masks[:, :end], other.masks[:, :end]
+    )
+
+
+def _sides_are_equal(activations: Float[Tensor, "row d_model"]) -> bool:
+    return torch.equal(activations[0::2], activations[1::2])
+
+
+def _no_difference(pairs: ContrastPairDataset, position: TokenPosition, where: str, advice: str = "") -> InputError:
+    number = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}"
+    return InputError(
+        f"both sides of every pair for {pairs.behavior!r} ({number}) have the same activation at token_position "
+        f"{position!r}, at {where}. The vector would be zero: choose a position where they differ, such as 'mean', "
+        f"within the answers of chats{advice}"
+    )
+
+
 def _name(direction: Direction) -> str:
     return getattr(direction, "__name__", type(direction).__name__)
 
@@ -226,5 +261,5 @@ def _provenance(
         template_digest=inputs.template_digest,
         weights_digest=facts.weights_digest,
         interventions=backend.interventions,
-        notes={"pairs_digest": pairs.digest(), **backend.notes, **software_versions()},
+        notes={"pairs_digest": pairs.digest(), "n_layers": facts.n_layers, **backend.notes, **software_versions()},
     )

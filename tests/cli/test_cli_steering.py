@@ -74,7 +74,17 @@ def test_caa_saves_what_the_function_gives_and_prints_each_layer(cli: CommandLin
         assert re.search(rf"{vector.layer_index} {vector.norm:.4g} [-\d. ]+ {auc:.2f} \[", cli.out)
     best = expected.get_best("separation")
     assert f"best layer: {best.layer_index} ({best.hook_name}, norm {best.norm:.4g}), by held-out separation" in cli.out
+    assert expected.best_layer().reason in cli.out
     assert f"saved in {cli.output}" in cli.out
+
+
+@pytest.mark.tl
+def test_caa_saves_nothing_where_the_pairs_do_not_differ(cli: CommandLine) -> None:
+    sides = [[{"role": "user", "content": "Sea?"}, {"role": "assistant", "content": said}] for said in ("Yes.", "No.")]
+    ContrastPairDataset("plainness", [dict(zip(("positive", "negative"), sides, strict=True))]).save(cli.pairs)
+    assert cli.caa("--token-position", "answer_previous") == 2
+    assert "every pair for 'plainness' (1 pair) have the same activation at token_position" in cli.err
+    assert not cli.output.exists()
 
 
 @pytest.mark.tl
@@ -322,6 +332,34 @@ def test_show_reads_vectors_of_rotalabs_steer_and_says_what_it_does_not_know(cli
     (cli.folder / "metadata.json").write_text(json.dumps({"behavior": "calm [b]", "layers": [4]}))
     assert cli("show", cli.folder) == 0
     assert "steering vectors for calm [b]" in cli.out and "best layer: 4" in cli.out
+
+
+def deep_set() -> SteeringVectorSet:
+    """Twelve layers, of which the last separates best."""
+    return SteeringVectorSet(
+        "calm",
+        [
+            SteeringVector(
+                "calm",
+                layer,
+                torch.ones(2),
+                "tiny",
+                metadata={"statistics": {"auc": 1.0, "auc_low": 1.0, "auc_high": 1.0, "d_prime": float(layer)}},
+            )
+            for layer in range(12)
+        ],
+    )
+
+
+def test_show_and_export_say_what_is_doubtful_about_the_best_layer(cli: CommandLine) -> None:
+    deep_set().save(cli.folder / "deep")
+    assert cli("show", cli.folder / "deep") == 0
+    assert "best layer: 11 (blocks.11.hook_resid_post, norm 1.414), by held-out separation: by d', as other" in cli.out
+    assert "none of the 11 others tie with it" in cli.out
+    assert "warning: the best layer for 'calm' lies in the last tenth of 12 layers" in cli.out
+    assert main(["export", str(cli.folder / "deep"), "--output", str(cli.folder / "one"), "--format", "tl_persona",
+                 "--layers", "best"]) == 0  # fmt: skip
+    assert SteeringVectorSet.load(cli.folder / "one").layers == [11]
 
 
 def test_show_ends_with_1_for_a_folder_without_a_set_and_for_a_damaged_vector(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import BOTH_KINDS
+from kinds import BOTH_KINDS, HOOKED
 from oracle import block_outputs, looking_on, relative_error, watched
 from tiny import D_MODEL, GPT2_CONTEXT, N_LAYERS
 from torch import Tensor
@@ -651,6 +651,65 @@ def test_pairs_that_cannot_be_used_are_refused_before_the_model_runs(pairs: Any,
 def test_positions_that_cannot_be_are_refused_before_the_model_runs(position: Any, message: str, model: Any) -> None:
     with nothing_runs(model), pytest.raises(InputError, match=message):
         extract(model, position=position)
+
+
+TRANSFORMERS = "transformers"
+EVERY_MODEL = pytest.mark.parametrize("kind", [TRANSFORMERS, "bridge", HOOKED])
+
+
+def a_model(kind: str, tiny_hooked: Boot, plain: Callable[[str], Any], tokenizer: Any) -> tuple[Any, Any]:
+    """A model and the tokenizer to pass with it."""
+    return (plain("llama"), tokenizer) if kind == TRANSFORMERS else (tiny_hooked("llama", kind), None)
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("position", ["answer_previous", "question_last"])
+def test_a_position_before_the_answers_of_equal_questions_is_refused_before_the_model_runs(
+    position: str, kind: str, tiny_hooked: Boot, plain: Callable[[str], Any], tiny_llama: Path
+) -> None:
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    booted, tokenizer = a_model(kind, tiny_hooked, plain, own)
+    positive, negative = both_sides(plain("llama"), own, chats(SYSTEM), position)
+    assert torch.equal(positive, negative)
+    message = (
+        rf"^both sides of every pair for 'unknown' \(5 pairs\) .* at token_position '{position}', at every layer: "
+    )
+    with nothing_runs(tiny_hooked("llama", "bridge")), pytest.raises(InputError, match=message):
+        extract_caa_vectors(booted, tokenizer, chats(SYSTEM), token_position=position, show_progress=False)
+
+
+@EVERY_MODEL
+def test_one_pair_whose_sides_differ_at_the_position_is_enough(
+    kind: str, tiny_hooked: Boot, plain: Callable[[str], Any], tiny_llama: Path
+) -> None:
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    booted, tokenizer = a_model(kind, tiny_hooked, plain, own)
+    pairs = [*chats(SYSTEM), ContrastPair(chat("Sea?", "Yes.", SYSTEM), chat("Town?", "No.", SYSTEM))]
+    positive, negative = both_sides(plain("llama"), own, pairs, "answer_previous")
+    found = extract_caa_vectors(booted, tokenizer, pairs, token_position="answer_previous", show_progress=False)
+    assert relative_error(stacked(found), positive.mean(dim=0) - negative.mean(dim=0)) < 1e-5
+
+
+@BOTH_KINDS
+def test_a_hook_where_both_sides_of_every_pair_are_equal_is_refused_by_name(kind: str, tiny_hooked: Boot) -> None:
+    # The last token is the same on both sides, and with rotary positions the first block is given its embedding.
+    pairs = [{"positive": f"I am {word}.", "negative": f"There is wind, {word}."} for word in "abcdef"]
+    names = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
+    with pytest.raises(InputError, match=r"\(6 pairs\) .* at blocks\.0\.hook_resid_pre\. .* leave these hooks out$"):
+        extract(tiny_hooked("llama", kind), pairs, names)
+    assert extract(tiny_hooked("llama", kind), pairs, names[1:])[1].norm > 0
+
+
+def test_a_hook_of_the_callers_may_tell_sides_apart_that_begin_alike(model: Any) -> None:
+    def by_length(activation: Tensor, hook: Any) -> Tensor:
+        return activation + activation.shape[1]
+
+    model.add_hook("blocks.0.hook_resid_post", by_length)
+    try:
+        vectors = extract(model, chats(SYSTEM), position="answer_previous")
+    finally:
+        model.reset_hooks()
+    assert all(vector.norm > 0 for vector in vectors)
 
 
 def test_a_batch_size_below_one_is_refused(model: Any) -> None:

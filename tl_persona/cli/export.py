@@ -1,5 +1,6 @@
 """`tl-persona export`: steering vectors into the files of other programs, and out of them."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def _chosen(vectors: SteeringVectorSet, layers: list[str] | None) -> SteeringVec
     if layers is None:
         return vectors
     if layers == ["best"]:
-        return SteeringVectorSet(vectors.behavior, [vectors.get_best()])
+        choice = vectors.best_layer()
+        if choice.caution:
+            print(f"warning: {choice.caution}", file=sys.stderr)
+        return SteeringVectorSet(vectors.behavior, [vectors[choice.layer]])
     by_hook = {vector.hook_name: vector for vector in vectors}
     names = resolve_hooks(layers, by_hook, 1 + max(vectors.layers, default=0))
     return SteeringVectorSet(vectors.behavior, [by_hook[name] for name in names])

@@ -1,6 +1,5 @@
 """`tl-persona show`: what a saved vector says of itself; of steering vectors, one of them or a set by layer."""
 
-import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -70,12 +69,14 @@ def layer_table(vectors: SteeringVectorSet) -> Table:
 
 
 def best_line(vectors: SteeringVectorSet) -> str:
-    """The layer that `get_best` chooses, and by what."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        best = vectors.get_best()
-    why = "by norm, which says little: too few pairs for a held-out separation" if caught else "by held-out separation"
-    return f"best layer: {best.layer_index} ({best.hook_name}, norm {best.norm:.4g}), {why}"
+    """The layer that `get_best` chooses, by what, and what to be wary of."""
+    choice = vectors.best_layer()
+    best = vectors[choice.layer]
+    line = f"best layer: {best.layer_index} ({best.hook_name}, norm {best.norm:.4g}), "
+    if choice.metric == "norm":
+        return line + "by norm, which says little: too few pairs for a held-out separation"
+    warning = f"\nwarning: {choice.caution}" if choice.caution else ""
+    return f"{line}by held-out separation: {choice.reason}{warning}"
 
 
 def _number(value: float | None) -> str:

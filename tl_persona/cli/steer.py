@@ -40,7 +40,10 @@ def _chosen(path: Path, layer: int | None) -> SteeringVector:
     if path.is_dir():
         vectors = SteeringVectorSet.load(path)
         if layer is None:
-            return vectors.get_best()
+            choice = vectors.best_layer()
+            if choice.caution:
+                Console(stderr=True, highlight=False, markup=False).print(f"warning: {choice.caution}")
+            return vectors[choice.layer]
         if layer not in vectors.layers:
             raise InputError(f"--layer {layer}: {path} has layers {', '.join(map(str, vectors.layers))}")
         return vectors[layer]

@@ -3,7 +3,6 @@
 The statistics come with the vectors, and the choice of a layer is the set's own.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -29,10 +28,9 @@ def best_of(vectors: SteeringVectorSet) -> tuple[SteeringVector, str]:
     Raises:
         InputError: The set is empty, or some layers have statistics and others none.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        best = vectors.get_best()
-    return best, "norm, for want of a held-out separation" if caught else "held-out separation"
+    choice = vectors.best_layer()
+    measure = "norm, for want of a held-out separation" if choice.metric == "norm" else "held-out separation"
+    return vectors[choice.layer], measure
 
 
 def layer_profile_figure(vectors: SteeringVectorSet) -> Any:

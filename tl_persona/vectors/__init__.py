@@ -4,6 +4,7 @@
 - `rotalabs`, `gguf`, `libraries`: rotalabs-steer, llama.cpp, steering-vectors and repeng.
 - `set_files`: the folder of a set.
 - `table`: what is known at each layer.
+- `best`: which layer to take.
 - `vector`: one direction at one hook.
 - `vector_set`: one behaviour's vectors, one a layer.
 

@@ -1,5 +1,6 @@
 """Steering vectors over layers: sets of them, the choice of a layer, steering at several at once, and ways out."""
 
+import logging
 import re
 import tempfile
 import warnings
@@ -17,14 +18,16 @@ from tl_persona.errors import CorruptFileError, InputError, NotStoredError
 from tl_persona.files import SET_FILE, Fields
 from tl_persona.hub import CARD, pull_files, push_files, set_card
 from tl_persona.models.facts import HookedModel
+from tl_persona.models.hooks import LayerSelection
 from tl_persona.steering.interventions import Mode, attach
 from tl_persona.steering.positions import Positions
+from tl_persona.vectors.best import BestLayer, best_of
 from tl_persona.vectors.files import SUFFIX, encode
 from tl_persona.vectors.gguf import read_control_vector, write_control_vector
 from tl_persona.vectors.libraries import as_repeng, as_steering_vectors, from_repeng, from_steering_vectors
 from tl_persona.vectors.rotalabs import write_rotalabs
 from tl_persona.vectors.set_files import read_set, write_set
-from tl_persona.vectors.table import METRICS, LayerTable, row_of, score_of
+from tl_persona.vectors.table import LayerTable, row_of
 from tl_persona.vectors.vector import SteeringVector, as_fields, belonging, built
 
 _Set = TypeVar("_Set", bound="SteeringVectorSet")
@@ -113,43 +116,40 @@ class SteeringVectorSet(Shown):
         """The set on another device or in another floating dtype, with the arguments of `Tensor.to`."""
         return SteeringVectorSet(self.behavior, [vector.to(*args, **kwargs) for vector in self])
 
-    def get_best(self, metric: str | None = None) -> SteeringVector:
+    def get_best(self, metric: str | None = None, *, among: LayerSelection = None) -> SteeringVector:
         """The vector of the layer that is best by one measure; among equals, of the lowest layer.
 
         Residual norms grow with depth, as every block adds to the stream, and differences grow along: the largest
         norm, the usual choice, mostly finds the deepest layer, whatever the pairs. `separation` asks instead how
-        well held-out pairs are told apart, on pairs the direction was not fitted on.
+        well held-out pairs are told apart, on pairs the direction was not fitted on. What decided, and how many layers
+        tie with the one chosen, is what `best_layer` says; it goes to the log too. A choice in the last tenth of the
+        layers comes with a warning.
 
         Args:
             metric: `separation`: the held-out AUC, and d' where AUCs are equal, as when several layers separate
                 fully. `split_half`: the cosine between random halves. `norm`: the vector's norm. None is
-                `separation`, or `norm`, with a warning, for a set that has no separation at any layer.
+                `separation`, or `norm`, with a warning, for vectors that have no separation at any layer.
+            among: The layers to choose from, in the forms that `extract_caa_vectors` takes, such as `"10:20"`; those
+                without a vector are left out. None is all.
 
         Raises:
-            InputError: The set is empty, or the metric unknown or missing at a layer.
+            InputError: The set is empty, or has no vector among these layers; the metric is unknown or missing at one.
+            HookError: `among` names a layer that the model does not have.
         """
-        if not self._vectors:
-            raise InputError(f"the set for {self.behavior!r} is empty: there is no best vector")
-        if metric is None:
-            metric = "separation"
-            if all(score_of(as_fields(vector), metric) is None for vector in self):
-                metric = "norm"
-                warnings.warn(
-                    f"the vectors for {self.behavior!r} have no held-out separation, so the best is taken by norm, "
-                    "which mostly finds the deepest layer; extract with 4 or more pairs to have it",
-                    stacklevel=2,
-                )
-        if metric not in METRICS:
-            raise InputError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
-        found = {vector.layer_index: score_of(as_fields(vector), metric) for vector in self}
-        scores = {layer: score for layer, score in found.items() if score is not None}
-        if len(scores) < len(self):
-            missing = [layer for layer in self.layers if layer not in scores]
-            available = [
-                name for name in METRICS if all(score_of(as_fields(vector), name) is not None for vector in self)
-            ]
-            raise InputError(f"no {metric} at layers {missing}; available at all layers: {', '.join(available)}")
-        return self[max(scores, key=lambda layer: (scores[layer], -layer))]
+        choice = self.best_layer(metric, among=among)
+        logging.getLogger("tl_persona").info("the best vector for %r: %s", self.behavior, choice)
+        if choice.caution:
+            warnings.warn(choice.caution, stacklevel=2)
+        return self[choice.layer]
+
+    def best_layer(self, metric: str | None = None, *, among: LayerSelection = None) -> BestLayer:
+        """The layer that `get_best` chooses: by which statistic, and which layers tie with it.
+
+        Raises:
+            InputError: As `get_best`.
+            HookError: As `get_best`.
+        """
+        return best_of(self.behavior, [as_fields(vector) for vector in self], metric, among)
 
     def steer(
         self,
