@@ -137,7 +137,7 @@ def test_vectors_of_raw_text_are_those_of_the_transformers_model(
         for pair in PAIRS:
             with torch.no_grad():
                 states = hf(torch.tensor([own(pair[side])["input_ids"]]), output_hidden_states=True).hidden_states[1][0]
-            found.append(states.mean(dim=0) if position == "mean" else states[-1])
+            found.append(states[1:].mean(dim=0) if position == "mean" else states[-1])
         return torch.stack(found).mean(dim=0)
 
     wanted = mean_of("positive") - mean_of("negative")
