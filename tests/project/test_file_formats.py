@@ -70,8 +70,8 @@ def test_the_notes_of_both_kinds_of_vectors(stored: Path, steering: Path) -> Non
     persona_notes = set(json.loads(_text_entries(stored)["provenance"])["notes"])
     steering_notes = set(json.loads(_text_entries(steering / "layer_1.safetensors")["contents"])["provenance"]["notes"])
     always = {"backend", "model_class", "sharing", "tl-persona", "torch", "transformer-lens", "transformers"}
-    assert always | {"pairs_digest"} <= steering_notes <= _listed("Notes")
-    assert always <= persona_notes <= _listed("Notes") - {"pairs_digest"}
+    assert always | {"pairs_digest", "n_layers"} <= steering_notes <= _listed("Notes")
+    assert always <= persona_notes <= _listed("Notes") - {"pairs_digest", "n_layers"}
 
 
 def test_the_manifest(stored: Path) -> None:
