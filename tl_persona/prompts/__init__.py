@@ -12,3 +12,7 @@
 
 Declined: the texts themselves, which are `data`'s, and running a model. What cannot be proven raises a `PromptError`.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
