@@ -22,7 +22,7 @@ _OF_LIBRARIES = ("torch.", "transformers.", "transformer_lens.")
 _OF_HOOK_POINTS = frozenset({"fwd_hooks", "bwd_hooks", "ctx", "context_level", "is_caching"})
 """What TransformerLens keeps of hooks and of the last pass."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEPTH = 4
 
 _NOT_THE_FUNCTION = frozenset({"name_or_path", "gradient_checkpointing", "hf_device_map"})
@@ -70,7 +70,7 @@ def state_of(model: torch.nn.Module) -> ModelState:
     saved = _named_tensors(model)
     kept = {id(tensor) for _, tensor in saved}
     unsaved = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in kept]
-    hooks = [(name, id(hook)) for name, module in modules for kind in _HOOKS for hook in getattr(module, kind).values()]
+    hooks = [(name, id(hook)) for name, module in modules for hook in hooks_of(module)]
     return ModelState(
         parts=frozenset([(name, id(part)) for name, part in (*modules, *parameters)]),
         hooks=frozenset(hooks),
@@ -79,6 +79,12 @@ def state_of(model: torch.nn.Module) -> ModelState:
         values=_digest(saved),
         buffers=_digest(unsaved),
     )
+
+
+def hooks_of(module: torch.nn.Module) -> Iterator[Any]:
+    """All hooks of one module."""
+    for kind in _HOOK_KINDS:
+        yield from getattr(module, kind).values()
 
 
 def values_digest(model: torch.nn.Module) -> str:

@@ -7,7 +7,7 @@ tokens a pass may hold follows from the device's free memory.
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import psutil
@@ -16,7 +16,7 @@ import torch
 from tl_persona.backends.base import Pooled, Totals, totals_of
 from tl_persona.backends.local import boot, inspection
 from tl_persona.backends.local.check import check_note, require_same
-from tl_persona.backends.local.observers import interventions_on, is_observed
+from tl_persona.backends.local.observers import evaluating, interventions_on, is_observed, modules_of
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import Prover, Settled
 from tl_persona.backends.local.runners import Runner, capture_of, runners_for
@@ -217,22 +217,3 @@ def _of_plan(pooled: Pooled, plan: Plan) -> Pooled:
     if pooled.norms is None:
         return pooled
     return pooled._replace(norms=pooled.norms[:, : len(plan.samples[pooled.sample].input_ids)])
-
-
-def modules_of(model: Any) -> list[torch.nn.Module]:
-    """Every module that takes part: a bridge's original model can be in training mode when the bridge is not."""
-    roots = (model, getattr(model, "original_model", None))
-    return list({module: None for root in roots if root is not None for module in root.modules()})
-
-
-@contextmanager
-def evaluating(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Dropout off while the model runs, and every module as it was after."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

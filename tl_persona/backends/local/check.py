@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_persona.backends.local.inspection import dtype_of, weights_processing
-from tl_persona.backends.local.observers import without_hooks
+from tl_persona.backends.local.observers import evaluating, modules_of, without_hooks
 from tl_persona.backends.local.reference import NoReferenceError, Reference
 from tl_persona.backends.local.runners import capture_of, runners_for
 from tl_persona.backends.local.verdicts import Difference, VerdictFile
@@ -244,8 +244,8 @@ def difference(model: HookedModel, reference: Reference, n_tokens: int) -> Diffe
     positions = _positions(n_tokens)
     expected = reference.residuals(ids[:1], positions)
     n_layers = int(model.cfg.n_layers)
-    if len(expected.after) != n_layers:
-        raise NoReferenceError(f"{reference.name} has {len(expected.after)} decoder layers, and the model {n_layers}")
+    if len(expected) != n_layers:
+        raise NoReferenceError(f"{reference.name} has {len(expected)} decoder layers, and the model {n_layers}")
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
     names = [name for name in names if name in model.hook_dict]
     got = _captured(model, ids[0], names, positions)
@@ -254,7 +254,7 @@ def difference(model: HookedModel, reference: Reference, n_tokens: int) -> Diffe
     exact = dtype in ("float32", "float64")
     worst, where = 0.0, names[0]
     for name, value in got.items():
-        error = _relative(value, expected.after[int(name.split(".")[1])], centred, exact)
+        error = _relative(value, expected[int(name.split(".")[1])], centred, exact)
         if not error <= worst:
             worst, where = error, name
     allowed = _allowed(dtype, weights_processing(model))
@@ -262,9 +262,7 @@ def difference(model: HookedModel, reference: Reference, n_tokens: int) -> Diffe
         raise NoReferenceError(f"{reference.name} gives NaN or infinity on random tokens")
     if worst > allowed:
         beside = reference.residuals(ids, positions)
-        noise = max(
-            _relative(one, other, centred, exact) for one, other in zip(beside.after, expected.after, strict=True)
-        )
+        noise = max(_relative(one, other, centred, exact) for one, other in zip(beside, expected, strict=True))
         allowed = max(allowed, _NOISE * noise)
     return Difference(
         reference=reference.name, n_tokens=n_tokens, hook=where, worst=worst, allowed=allowed, holds=worst <= allowed
@@ -305,20 +303,12 @@ def _captured(
 ) -> dict[str, Tensor]:
     """What the plain path reads at hooks, nobody's hooks in the way."""
     plain = runners_for(model)[-1]
-    modules = [
-        module
-        for root in (model, getattr(model, "original_model", None))
-        if isinstance(root, torch.nn.Module)
-        for module in root.modules()
-    ]
-    training = [module for module in modules if module.training]
+    modules = modules_of(model)
     sample = Sample("check", ids, torch.ones((1, len(ids)), dtype=torch.bool))
     plan = make_plan([sample], batch_tokens=len(ids))
     whole = Pass((Row((Segment((0,), 0, len(ids)),)),))
     try:
-        for module in training:
-            module.training = False
-        with without_hooks(modules):
+        with evaluating(modules), without_hooks(modules):
             plain.prepare()
             captured, _ = plain.run(plan, whole, names, None, 0)
         index = torch.tensor(list(positions))
@@ -327,9 +317,6 @@ def _captured(
         raise
     except Exception as error:  # a hook that never fires, a text that is refused: the run itself says so
         raise NoReferenceError(str(error)) from error
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _allowed(dtype: str, weights: str) -> float:

@@ -1,20 +1,20 @@
-"""Whether somebody looks into, or changes, what a model computes.
+"""The modules that take part in a pass, and whether somebody looks into, or changes, what they compute.
 
 TransformerLens and transformers leave hooks of their own behind, which only look on; all others are somebody's.
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from tl_persona.models.facts import intervention_of
+from tl_persona.models.state import hooks_of
 from tl_persona.provenance import UNKNOWN
 
-_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LOOKING_ON = (
     "transformers.utils.output_capturing",
     "transformer_lens.model_bridge.generalized_components.block",
@@ -23,10 +23,23 @@ LOOKING_ON = (
 )
 
 
-def hooks_of(module: torch.nn.Module) -> Iterator[Any]:
-    """All hooks of one module."""
-    for kind in _KINDS:
-        yield from getattr(module, kind).values()
+def modules_of(model: Any) -> list[torch.nn.Module]:
+    """Every module that takes part: a bridge's original model can be in training mode when the bridge is not."""
+    roots = (model, getattr(model, "original_model", None))
+    return list({module: None for root in roots if root is not None for module in root.modules()})
+
+
+@contextmanager
+def evaluating(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Dropout off while the model runs, and every module as it was after."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def is_observed(modules: Iterable[torch.nn.Module]) -> bool:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,13 +30,6 @@ class NoReferenceError(Exception):
 
 class _WroteWeightsError(Exception):
     """A pass was about to write into a parameter."""
-
-
-class Residuals(NamedTuple):
-    """What every decoder layer took and gave, at some positions of one text."""
-
-    before: Float[Tensor, "layer pos d_model"]
-    after: Float[Tensor, "layer pos d_model"]
 
 
 class Reference:
@@ -79,8 +72,8 @@ class Reference:
             return True
         return False
 
-    def residuals(self, ids: Int[Tensor, "row pos"], positions: Sequence[int]) -> Residuals:
-        """What the layers took and gave for the first row, at these positions, in float64 on the CPU.
+    def residuals(self, ids: Int[Tensor, "row pos"], positions: Sequence[int]) -> Float[Tensor, "layer chosen d_model"]:
+        """What the layers gave for the first row, at these positions, in float64 on the CPU.
 
         Raises:
             NoReferenceError: It cannot be run on token ids alone, its decoder layers cannot be told, or it writes into
@@ -94,8 +87,7 @@ class Reference:
                 self._run(ids)
         except _WroteWeightsError as error:
             raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
-        pairs = [seen[number] for number in range(len(self._layers))]
-        return Residuals(torch.stack([taken for taken, _ in pairs]), torch.stack([given for _, given in pairs]))
+        return torch.stack([seen[number][1] for number in range(len(self._layers))])
 
     def values_inside(
         self, ids: Int[Tensor, "row pos"], positions: Sequence[int]
@@ -105,7 +97,7 @@ class Reference:
         Raises:
             NoReferenceError: As `residuals`.
         """
-        width = self.residuals(ids[:, :1], [0]).after.shape[-1]
+        width = self.residuals(ids[:, :1], [0]).shape[-1]
         inside = {id(part): number for number, layer in enumerate(self._layers) for part in layer.modules()}
         index = torch.tensor(list(positions))
         found: dict[int | None, list[Tensor]] = {}

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_persona.backends.local.native import NativeParts, attentions, native_parts
-from tl_persona.backends.local.observers import without_hooks
+from tl_persona.backends.local.observers import modules_of, without_hooks
 from tl_persona.backends.shortcuts import tolerance_of
 from tl_persona.errors import ModelError
 from tl_persona.models import caches
@@ -78,9 +78,7 @@ def trial_of(model: HookedModel) -> Trial:
     """What the model takes, tried at the first call; hooks of the caller's do not see the tokens that are tried."""
     found = _TRIALS.get(model)
     if found is None:
-        original: Any = model.original_model  # type: ignore[attr-defined]
-        roots: list[Any] = [model, original]
-        with torch.no_grad(), without_hooks(module for root in roots for module in root.modules()):
+        with torch.no_grad(), without_hooks(modules_of(model)):
             found = _Trier(model).trial()
         if found.lasting:
             _TRIALS[model] = found
