@@ -5,8 +5,8 @@
     python benchmarks/before_and_after.py --before /tmp/before:/tmp/older --pairs 20
 
 Each side loads the model once in a process of its own; then they take turns, so that a machine that slows down slows
-both. `--load` counts loading and the first run together, from a fresh model each time. Nothing is asserted on times;
-vectors are compared first.
+both. `--load` counts loading and the first run together, from a fresh model each time, and `--first` the first run
+alone. Nothing is asserted on times; vectors are compared first.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--kind", default="bridge")
     parser.add_argument("--load", action="store_true", help="count loading and the first run together")
+    parser.add_argument("--first", action="store_true", help="count the first run of a model that is opened anew")
     chosen = parser.parse_args()
     inputs = long_persona_inputs(load_tokenizer(find_checkpoint("smollm2")), chosen.questions)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,10 +48,8 @@ def main() -> None:
             one, other = (torch.load(f"{folder}/{name}.pt", weights_only=True) for name in workers)
             error = float(((one - other).norm(dim=-1) / other.norm(dim=-1)).max())
             assert error < 1e-5, f"the two sides give other vectors: {error:.1e}"
-            rounds = [
-                {name: ask(worker, name, **({"load": True} if chosen.load else {})) for name, worker in workers.items()}
-                for _ in range(chosen.pairs)
-            ]
+            way = {"load": True} if chosen.load else {"first": True} if chosen.first else {}
+            rounds = [{name: ask(worker, name, **way) for name, worker in workers.items()} for _ in range(chosen.pairs)]
     print(f"{chosen.kind}, {len(inputs.ids)} questions, {chosen.pairs} pairs, vectors within {error:.1e}")
     for what in ("cpu", "seconds"):
         sides = {name: [each[name][what] for each in rounds] for name in workers}

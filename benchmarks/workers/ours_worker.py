@@ -17,10 +17,13 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def answer(inputs: str, output: str, kind: str = "bridge", load: bool = False) -> dict[str, Any]:
-    """Reads ids and masks from one file and writes the vectors to another; `load` opens the model anew, in the time."""
+def answer(inputs: str, output: str, kind: str = "bridge", load: bool = False, first: bool = False) -> dict[str, Any]:
+    """Reads ids and masks from one file and writes the vectors to another.
+
+    `load` opens the model anew, in the time; `first` before it, so that this is the model's first call.
+    """
     saved = torch.load(inputs, weights_only=True)
-    if not load and kind not in loaded:
+    if first or (not load and kind not in loaded):
         loaded[kind] = load_model("smollm2", kind)  # type: ignore[call-overload]
     began, used = time.perf_counter(), cpu_seconds()
     if load:

@@ -311,8 +311,8 @@ def test_proofs_and_trials_do_not_outlive_a_change(tiny_llama: Path, monkeypatch
     model = load_model(tiny_llama, kind="bridge")
     pool(model, persona())
     ran = []
-    prove = proof.prove
-    monkeypatch.setattr(proof, "prove", lambda *a, **k: ran.append(1) or prove(*a, **k))
+    compared = proof.compared
+    monkeypatch.setattr(proof, "compared", lambda *a, **k: ran.append(1) or compared(*a, **k))
     pool(model, persona())
     assert not ran
     model.original_model.get_parameter("lm_head.weight").data[5] += 1.0

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kinds import ALL_LAYERS, BOTH_KINDS, Boot
 from oracle import looking_on, oracle_means, relative_error, watched
-from sharing import assert_exact, persona, pool, samples_of, text
+from sharing import assert_exact, pairs, persona, pool, samples_of, text
 from tiny import D_MODEL, FAMILIES, N_LAYERS, VOCAB_SIZE, WINDOW
 from torch import Tensor
 
@@ -43,15 +43,6 @@ EVERY_MODEL = pytest.mark.parametrize(
         *(pytest.param(family, "hooked", marks=pytest.mark.hooked) for family in HOOKED_FAMILIES),
     ],
 )
-
-
-def pairs() -> list[Sample]:
-    """Pairs with a short question of their own each: they lie side by side, in rows of different lengths."""
-    texts = []
-    for index, (question, positive, negative) in enumerate([(6, 3, 5), (9, 1, 2), (5, 8, 8), (12, 4, 0), (7, 2, 6)]):
-        shared = text(question, 100 + index)
-        texts += [(shared, text(positive, 200 + index)), (shared, text(negative, 300 + index))]
-    return samples_of(*texts, prefix=5)
 
 
 LAYOUTS = {
@@ -376,13 +367,13 @@ def test_an_attention_that_is_not_the_same_is_caught_and_told_once(
 @pytest.fixture
 def proofs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The hooks of every proof that is made."""
-    prove, made = proof.prove, []
+    compared, made = proof.compared, []
 
-    def counted(runner: Any, plain: Any, plan: Plan, index: int, names: list[str], *rest: Any) -> proof.Verdict:
+    def counted(runner: Any, plain: Any, probe: Any, names: list[str], *rest: Any) -> proof.Verdict:
         made.append(names)
-        return prove(runner, plain, plan, index, names, *rest)
+        return compared(runner, plain, probe, names, *rest)
 
-    monkeypatch.setattr(proof, "prove", counted)
+    monkeypatch.setattr(proof, "compared", counted)
     return made
 
 

@@ -1,7 +1,8 @@
 """Running a plan: for each sample and mask the mean of every hook.
 
 - `base`: what every backend offers.
-- `shortcuts`: where a plan computes something otherwise, and how far the two may lie apart.
+- `shortcuts`: where a plan computes something otherwise, which text stands for which, how far two may lie apart.
+- `probes`: the texts that are compared, and what is known once they were.
 - `local`: this machine, through TransformerLens.
 - `remote`: an NDIF server, through nnsight.
 - `choice`: which of them runs a model.

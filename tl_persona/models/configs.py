@@ -315,3 +315,53 @@ def lengths_named(settings: Any, named: bool = False) -> Iterator[int]:
             yield from lengths_named(value, named)
     elif named and isinstance(settings, int) and not isinstance(settings, bool) and settings > 0:
         yield settings
+
+
+def chunks_named(settings: Any) -> Iterator[int]:
+    """Those of `lengths_named` that are lengths of chunks, each of which ends what came before.
+
+    Example:
+        >>> list(chunks_named({"attention_chunk_size": 8192, "sliding_window": 512}))
+        [8192]
+    """
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if "chunk" in str(name):
+                yield from lengths_named(value, named=True)
+            else:
+                yield from chunks_named(value)
+
+
+_NAME_OF_A_CHOICE = re.compile("(index|sparse|attention|attn|keys?)_?.*top_?k|top_?k_?.*(keys?|blocks?|tokens?)$")
+
+
+def chosen_keys_named(settings: Any) -> Iterator[int]:
+    """Every number in a configuration whose name says how many keys attention chooses by what they are.
+
+    Example:
+        >>> list(chosen_keys_named({"index_topk": 2048, "num_experts_per_tok": 8, "topk_group": 4}))
+        [2048]
+    """
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if _NAME_OF_A_CHOICE.search(str(name)) and isinstance(value, int) and not isinstance(value, bool):
+                yield value
+            yield from chosen_keys_named(value)
+
+
+_CHUNKS = 16
+"""So many chunks of a text are told apart."""
+
+
+def critical_lengths_named(settings: Any) -> set[int]:
+    """The lengths at which a model of this configuration may start to treat a text differently.
+
+    Sliding windows and chunks of attention, the length past which rotary positions are scaled, the number of keys that
+    are chosen, and the context.
+
+    Example:
+        >>> sorted(critical_lengths_named({"sliding_window": 512, "index_topk": 64, "max_position_embeddings": 2048}))
+        [64, 512, 2048]
+    """
+    chunks = {chunk * times for chunk in chunks_named(settings) for times in range(2, _CHUNKS + 1)}
+    return {*lengths_named(settings), *chosen_keys_named(settings), *chunks}

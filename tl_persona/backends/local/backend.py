@@ -18,7 +18,7 @@ from tl_persona.backends.local import boot, inspection
 from tl_persona.backends.local.check import check_note, require_same
 from tl_persona.backends.local.observers import evaluating, interventions_on, is_observed, modules_of
 from tl_persona.backends.local.pooling import PoolingRun
-from tl_persona.backends.local.proof import Prover, Settled
+from tl_persona.backends.local.proof import ProvenPlan, Prover
 from tl_persona.backends.local.runners import Runner, capture_of, runners_for
 from tl_persona.errors import HookError, NonFiniteError
 from tl_persona.models.facts import HookedModel, ModelFacts
@@ -82,7 +82,14 @@ class LocalBackend:
         self.facts: ModelFacts = inspection.facts_of(self.model)
         self._runners = runners_for(self.model)
         self._plain = self._runners[-1]
-        self._prover = Prover(self.model, self._runners, self.facts, inspection.critical_lengths(self.model))
+        self._prover = Prover(
+            self.model,
+            self._runners,
+            self.facts,
+            inspection.device_of(self.model),
+            inspection.critical_lengths(self.model),
+            inspection.chosen_keys(self.model),
+        )
         self._path: dict[str, Any] = {}
 
     @property
@@ -135,7 +142,7 @@ class LocalBackend:
         modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
         with torch.no_grad(), evaluating(modules):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])
-            trusted, runner, self._path = self._settled(plan, names, modules)
+            trusted, runner, self._path = self._proven(plan, names, modules)
         done = set()
         try:
             for pooled in self._run(trusted, runner, names, modules, with_norms):
@@ -146,7 +153,7 @@ class LocalBackend:
                 raise
             # NaN spreads to everything beside it in a packed row: the plain path tells whose it is.
             with torch.no_grad(), evaluating(modules):
-                plain, _, _ = self._prover.settle(trusted.with_sharing(Sharing.NONE), names)
+                plain, _, _ = self._prover.prove(trusted.with_sharing(Sharing.NONE), names)
             for pooled in self._run(plain, self._plain, names, modules, with_norms):
                 if pooled.sample not in done:
                     yield _of_plan(pooled, plan)
@@ -167,13 +174,13 @@ class LocalBackend:
         """A block in which the whole model is in evaluation mode, and as it was after."""
         return evaluating(modules_of(self.model))
 
-    def _settled(self, plan: Plan, names: Sequence[str], modules: Sequence[torch.nn.Module]) -> Settled:
+    def _proven(self, plan: Plan, names: Sequence[str], modules: Sequence[torch.nn.Module]) -> ProvenPlan:
         if is_observed(modules):
             # A hook may act on the last position, or on whatever it finds there: no text beside or after another.
-            return Settled(plan.alone(), self._plain, {"sharing": str(Sharing.NONE), "hooks": "of the caller"})
+            return ProvenPlan(plan.alone(), self._plain, {"sharing": str(Sharing.NONE), "hooks": "of the caller"})
         # From the most sharing on, so that whatever is given up is noted, also where it was foreseen.
         untouched = plan.sharing is plan.wanted is not Sharing.NONE
-        return self._prover.settle(plan if untouched else plan.with_sharing(plan.wanted), names)
+        return self._prover.prove(plan if untouched else plan.with_sharing(plan.wanted), names)
 
     def _run(
         self, plan: Plan, runner: Runner, names: Sequence[str], modules: Sequence[torch.nn.Module], with_norms: bool

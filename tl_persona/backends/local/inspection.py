@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tl_persona.models.configs import lengths_named
+from tl_persona.models.configs import chosen_keys_named, critical_lengths_named
 from tl_persona.models.facts import HookedModel, ModelFacts, source_of
 
 
@@ -75,11 +75,14 @@ def weights_processing(model: Any) -> str:
     return "+".join(applied) or "unprocessed"
 
 
-def critical_lengths(model: Any) -> tuple[int, ...]:
-    """Lengths at which this model may start to treat a text differently.
+def chosen_keys(model: Any) -> int | None:
+    """How many keys a token attends to, where this model chooses them by what they are; None where it does not."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return None if config is None else min(chosen_keys_named(config.to_dict()), default=None)
 
-    Sliding windows and chunks of attention, the length past which rotary positions are scaled, and the context.
-    """
+
+def critical_lengths(model: Any) -> tuple[int, ...]:
+    """Lengths at which this model may start to treat a text differently; see `models.configs`."""
     cfg = model.cfg
     found = {getattr(cfg, "n_ctx", None)}
     config = getattr(getattr(model, "original_model", None), "config", None)
@@ -87,5 +90,5 @@ def critical_lengths(model: Any) -> tuple[int, ...]:
         # TransformerLens fills in a window size where no layer uses one, too.
         found.add(cfg.window_size if getattr(cfg, "use_local_attn", False) else None)
     else:
-        found |= set(lengths_named(config.to_dict()))
+        found |= critical_lengths_named(config.to_dict())
     return tuple(sorted(int(length) for length in found if isinstance(length, int) and length > 0))

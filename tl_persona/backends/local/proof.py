@@ -1,15 +1,15 @@
-"""Whether a shortcut is exact on this model, found by running a real sample both ways.
+"""Whether a shortcut is exact on this model, found by running a real text both ways.
 
 Sliding windows, recurrent state, positions counted from the padding: an architecture has many ways to break a shared
-prefix, and no list of them is complete. So none is trusted: of every kind of pass that takes a shortcut, one also runs
-whole and alone, and every layer must agree at every position of a text in it. To lie beside another text, or to end
-after the last token that a mask selects, is a shortcut too. What holds is remembered with the model, for texts up to
-the length it was seen with.
+prefix, and no list of them is complete. So none is trusted: for every kind of shortcut a probe text also runs whole
+and alone, and every layer must agree at every token of it. To lie beside another text, or to end after the last token
+that a mask selects, is a shortcut too. What holds is remembered with the model, for the texts that the probe text
+stands for.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tl_persona.backends.local.runners import Runner, capture_of
-from tl_persona.backends.shortcuts import Regime, Shortcut, next_best, shortcuts, sides, tolerance_of
+from tl_persona.backends.probes import Findings, Probe, texts_by_kind
+from tl_persona.backends.shortcuts import Kind, Placed, choice_in, next_best, tolerance_of
 from tl_persona.models.facts import ModelFacts
 from tl_persona.models.hooks import stop_layer
 from tl_persona.plan.plan import Plan, Sharing
@@ -30,49 +31,29 @@ _EXACT_DTYPES = ("float64", "float32")
 a token to another expert, and the plain path is as fickle."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What came of a proof.
+class Verdict(NamedTuple):
+    """What came of comparing one probe text.
 
     Attributes:
         holds: Whether the largest difference is within the tolerance.
         reason: What was seen, for people.
-        hooks: The hooks it was found for.
-        text: The longest text it was found with.
-        keys: The most keys.
-        lasting: False where NaN or infinity got in the way, which another sample may not have.
+        lasting: False where NaN or infinity got in the way, which another text may not have.
     """
 
     holds: bool
     reason: str
-    hooks: frozenset[str] = frozenset()
-    text: int = 0
-    keys: int = 0
     lasting: bool = True
-
-    def covers(self, shortcut: Shortcut) -> bool:
-        """Whether it says how a shortcut fares, at the hooks it was found for."""
-        return self.text >= shortcut.text and self.keys >= shortcut.keys if self.holds else self.lasting
-
-
-class _Witness(NamedTuple):
-    """A text in a pass, up to one of its segments, and its length as it was given."""
-
-    row: int
-    member: int
-    stop: int
-    given: int
 
 
 class _Memory(NamedTuple):
-    """What is known of one model: verdicts by dtype, attention and regime, and which failures were told."""
+    """What is known of one model, and which failures were told."""
 
-    verdicts: dict[tuple[str, str, Regime], list[Verdict]]
+    findings: Findings
     told: set[tuple[str, str]]
 
 
-class Settled(NamedTuple):
-    """What came of settling a plan: how it may run, by which runner, and notes on why."""
+class ProvenPlan(NamedTuple):
+    """A plan that is exact on a model: how it may run, by which runner, and notes on why."""
 
     plan: Plan
     runner: Runner
@@ -91,53 +72,66 @@ class Prover:
     """Proves the shortcuts of plans on one model.
 
     Args:
-        model: Verdicts are remembered for as long as it lives.
+        model: What is found is remembered for as long as it lives.
         runners: What can run its passes, the fastest first; the last is what all are compared with.
         facts: Of the model.
+        device: Where it runs.
         critical_lengths: Lengths at which the model may start to treat a text differently.
+        chosen_keys: How many keys a token attends to where the model chooses them by what they are; None where it
+            attends to all that it may.
     """
 
     def __init__(
-        self, model: Any, runners: Sequence[Runner], facts: ModelFacts, critical_lengths: Sequence[int]
+        self,
+        model: Any,
+        runners: Sequence[Runner],
+        facts: ModelFacts,
+        device: torch.device,
+        critical_lengths: Sequence[int],
+        chosen_keys: int | None = None,
     ) -> None:
-        self._runners, self._facts, self._critical = runners, facts, critical_lengths
-        self._memory = _MEMORIES.setdefault(model, _Memory({}, set()))
+        self._runners, self._facts, self._device = runners, facts, str(device)
+        self._critical, self._chosen_keys = critical_lengths, chosen_keys
+        self._memory = _MEMORIES.setdefault(model, _Memory(Findings(), set()))
 
-    def settle(self, plan: Plan, names: Sequence[str]) -> Settled:
+    def prove(self, plan: Plan, names: Sequence[str]) -> ProvenPlan:
         """The plan, or one with less sharing where its shortcuts are not exact on this model, and who runs it."""
         plain = self._runners[-1]
         plain.prepare()
         fallbacks = [self._told(what, seen, f"{what}: {seen}") for what, seen in plain.costs.items()]
-        while taken := shortcuts(plan, self._critical):
-            shares = any(regime.shares for regime in taken)
+        while taken := texts_by_kind(plan, self._critical):
+            shares = any(kind.shares for kind in taken)
             if shares and plan.sharing in plain.limits:
                 plan = self._within_limits(plan, fallbacks)
                 continue
             failures: list[tuple[str, str, str]] = []
-            for runner in self._runners:
+            chosen = choice_in(plan, self._chosen_keys)
+            if chosen is not None:
+                failures.append((plain.attention, "is not exact", chosen))
+            for runner in self._runners if chosen is None else ():
                 obstacle = runner.obstacle(names)
                 if obstacle is not None:
                     failures.append((runner.attention, "cannot be used", obstacle))
                     continue
-                verdicts = (self._verdict(runner, plan, regime, taken[regime], names) for regime in taken)
-                # Lazily: what comes after the first failure need not be proven.
-                failed = next((verdict for verdict in verdicts if not verdict.holds), None)
-                if failed is None and not shares:
-                    return Settled(plan, plain, _noted(_unshared(fallbacks), fallbacks))
-                if failed is None:
+                flaws = (self._flaw(runner, plan, kind, texts, names) for kind, texts in taken.items())
+                # Lazily: what comes after the first flaw need not be proven.
+                flaw = next((flaw for flaw in flaws if flaw is not None), None)
+                if flaw is None and not shares:
+                    return ProvenPlan(plan, plain, _noted(_unshared(fallbacks), fallbacks))
+                if flaw is None:
                     for attention, what, reason in failures:
                         fallbacks.append(self._lost(f"{attention} attention", what, reason, "the bridge's own"))
                     # The limit, not the figure: what is written must not depend on which sample came first.
                     notes = {"sharing": str(plan.sharing), "proof": f"within {tolerance_of(self._facts.dtype):.0e}"}
-                    return Settled(plan, runner, _noted(notes, fallbacks, runner))
-                failures.append((runner.attention, "is not exact", failed.reason))
+                    return ProvenPlan(plan, runner, _noted(notes, fallbacks, runner))
+                failures.append((runner.attention, "is not exact", flaw))
             # Without any shortcut inside the pass it is not exact either: the sharing is at fault.
             what, less = _NAMES[plan.sharing], next_best(plan)
             alone = plan.sharing is Sharing.NONE
             instead = "one whole text a pass" if alone else str(less.sharing)
             fallbacks.append(self._lost(what, "is not exact", failures[-1][2], instead))
             plan = less
-        return Settled(plan, plain, _noted(_unshared(fallbacks), fallbacks))
+        return ProvenPlan(plan, plain, _noted(_unshared(fallbacks), fallbacks))
 
     def _within_limits(self, plan: Plan, fallbacks: list[str]) -> Plan:
         """The plan with as much sharing as the model was found to be capable of with a few tokens."""
@@ -151,21 +145,24 @@ class Prover:
         limits = self._runners[-1].limits
         while plan.sharing in limits:
             plan = next_best(plan)
-        while any(
-            all(self._known_to_fail(runner, regime) for runner in self._runners)
-            for regime in shortcuts(plan, self._critical)
-        ):
+        while taken := texts_by_kind(plan, self._critical):
+            hopeless = any(
+                all(self._known_to_fail(runner, kind, texts) for runner in self._runners)
+                for kind, texts in taken.items()
+            )
+            if not hopeless and choice_in(plan, self._chosen_keys) is None:
+                break
             plan = next_best(plan)
         return plan
 
-    def _known_to_fail(self, runner: Runner, regime: Regime) -> bool:
-        known = self._memory.verdicts.get(self._key(runner, regime), ())
-        return any(verdict.lasting and not verdict.holds for verdict in known)
+    def _known_to_fail(self, runner: Runner, kind: Kind, texts: Sequence[Placed]) -> bool:
+        way, findings = self._way(runner, kind), self._memory.findings
+        return findings.flaw(way, kind) is not None and bool(findings.left(way, texts, ()))
 
-    def _key(self, runner: Runner, regime: Regime) -> tuple[str, str, Regime]:
+    def _way(self, runner: Runner, kind: Kind) -> tuple[str, str, str]:
         # Passes that share nothing run the same way whoever runs them.
-        attention = runner.attention if regime.shares else self._runners[-1].attention
-        return self._facts.dtype, attention, regime
+        attention = runner.attention if kind.shares else self._runners[-1].attention
+        return self._facts.dtype, self._device, attention
 
     def _lost(self, what: str, how: str, reason: str, instead: str) -> str:
         """Warns of a shortcut that is not taken, once a model, and gives its note."""
@@ -179,23 +176,33 @@ class Prover:
             logging.getLogger("tl_persona").warning("%s: %s", self._facts.name, message)
         return note
 
-    def _verdict(self, runner: Runner, plan: Plan, regime: Regime, shortcut: Shortcut, names: Sequence[str]) -> Verdict:
-        verdicts = self._memory.verdicts
-        # What is right for several rows is right for one.
-        known: list[Verdict] = [*verdicts.get(self._key(runner, regime), ())]
-        known += verdicts.get(self._key(runner, regime._replace(several=True)), ())
-        covering = [verdict for verdict in known if verdict.covers(shortcut)]
-        failed = next((verdict for verdict in covering if not verdict.holds), None)
-        if failed is not None or frozenset[str]().union(*(verdict.hooks for verdict in covering)).issuperset(names):
-            return failed or covering[0]
+    def _flaw(
+        self, runner: Runner, plan: Plan, kind: Kind, texts: Sequence[Placed], names: Sequence[str]
+    ) -> str | None:
+        """Why texts of a kind are not exact; None where they are, or where probe texts that stand for them are."""
+        way, findings = self._way(runner, kind), self._memory.findings
         hooks = self._hooks_to_prove(names)
-        for index in shortcut.passes:
-            verdict = prove(runner, self._runners[-1], plan, index, hooks, self._facts.dtype, self._critical)
+        left = findings.left(way, texts, names)
+        while left:
+            flaw = findings.flaw(way, kind)
+            if flaw is not None:
+                return flaw
+            probe = findings.probe(way, plan, [left[0], *texts], self._critical)
+            try:
+                verdict = compared(runner, self._runners[-1], probe, hooks, self._facts.dtype)
+            except (MemoryError, torch.OutOfMemoryError):
+                if probe.plan is plan:
+                    raise
+                # As it lies in the plan it takes no more room than the plan itself will.
+                probe = Probe(plan, left[0])
+                verdict = compared(runner, self._runners[-1], probe, hooks, self._facts.dtype)
             if not verdict.holds:
-                break
-        verdict = replace(verdict, hooks=frozenset(hooks), text=shortcut.text, keys=shortcut.keys)
-        verdicts.setdefault(self._key(runner, regime), []).append(verdict)
-        return verdict
+                if verdict.lasting:
+                    findings.add_flaw(way, kind, verdict.reason)
+                return verdict.reason
+            findings.add(way, probe, hooks)
+            left = findings.left(way, left, names)
+        return None
 
     def _hooks_to_prove(self, names: Sequence[str]) -> list[str]:
         """The wanted hooks, and the residual after every block that runs for them."""
@@ -222,42 +229,34 @@ def _noted(notes: dict[str, Any], fallbacks: list[str], runner: Runner | None = 
     return notes
 
 
-def prove(
-    runner: Runner,
-    plain_runner: Runner,
-    plan: Plan,
-    index: int,
-    names: Sequence[str],
-    dtype: str,
-    critical_lengths: Sequence[int] = (),
-) -> Verdict:
-    """Compares one pass of a plan with the plain path, on the text in it that is most exposed to its company."""
-    each = plan.passes[index]
-    given = replace(plan, samples=plan.given)
+def compared(runner: Runner, plain_runner: Runner, probe: Probe, names: Sequence[str], dtype: str) -> Verdict:
+    """Compares a probe text with the plain path, at every one of its tokens."""
+    plan, (each, member) = probe.plan, (probe.passes[-1], probe.text.member)
+    given = plan.given[member]
     try:
         before, fast = _run(runner, plan, each, names)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
         return Verdict(False, f"it raised {type(error).__name__}: {error}")
+    whole = Pass((Row((Segment((member,), 0, len(given.input_ids)),)),))
+    plain, _ = plain_runner.run(replace(plan, samples=plan.given), whole, names, None, 0)
     worst = 0.0
-    for witness in _witnesses(plan, each, critical_lengths):
-        whole = Pass((Row((Segment((witness.member,), 0, witness.given),)),))
-        plain, _ = plain_runner.run(given, whole, names, None, 0)
-        for name in names:
-            expected = capture_of(plain, name)[0].detach().cpu().double()
-            size = expected.norm(dim=-1)
-            # A position that is all but zero is measured against the others, which it is added to or averaged with.
-            scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
-            for segment, got in _pieces(plan, each, witness, before, fast, name):
-                part = slice(segment.start, segment.stop)
-                errors = (got - expected[part]).norm(dim=-1) / scale[part]
-                difference = float(errors.max() if dtype in _EXACT_DTYPES else errors.mean())
-                if not difference < float("inf"):
-                    return Verdict(False, f"NaN or infinity at {name}", lasting=False)
-                worst = max(worst, difference)
+    for name in names:
+        expected = capture_of(plain, name)[0].detach().cpu().double()
+        size = expected.norm(dim=-1)
+        # A position that is all but zero is measured against the others, which it is added to or averaged with.
+        scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
+        for segment, got in _pieces(probe, before, fast, name):
+            part = slice(segment.start, segment.stop)
+            errors = (got - expected[part]).norm(dim=-1) / scale[part]
+            difference = float(errors.max() if dtype in _EXACT_DTYPES else errors.mean())
+            if not difference < float("inf"):
+                return Verdict(False, f"NaN or infinity at {name}", lasting=False)
+            worst = max(worst, difference)
     tolerance = tolerance_of(dtype)
-    return Verdict(worst <= tolerance, f"relative difference {worst:.1e}, allowed {tolerance:.0e}")
+    seen = f"relative difference {worst:.1e} for sample {given.sample_id!r} of {len(given.input_ids)} tokens"
+    return Verdict(worst <= tolerance, f"{seen}, allowed {tolerance:.0e}")
 
 
 def _run(
@@ -275,38 +274,12 @@ def _run(
     return before, runner.run(plan, each, names, context, prefix.width)[0]
 
 
-def _witnesses(plan: Plan, each: Pass, critical_lengths: Sequence[int]) -> list[_Witness]:
-    """The longest text with others before it in its row, or else in its pass.
-
-    The longest on every other side of the lengths at which the model may treat a text differently too: a shorter one
-    may be too short to show it. And where nothing is shared, the longest of all, of which most may have been cut.
-    """
-    ranked: list[tuple[tuple[bool, bool, int], _Witness]] = []
-    for row_index, row in enumerate(each.rows):
-        for place, segment in enumerate(row.segments):
-            given, member = max((len(plan.given[index].input_ids), index) for index in segment.members)
-            crowded = any(member not in above.members for above in row.segments[:place])
-            ranked.append(((crowded, row_index > 0, segment.stop), _Witness(row_index, member, segment.stop, given)))
-    exposed = max(ranked)[1]
-    texts = [witness for _, witness in ranked]
-    longest = max(texts, key=lambda text: text.given)
-    by_length = sorted(texts, key=lambda text: (text.stop, text.given))
-    found = {sides(critical_lengths, text.stop, text.given): text for text in (*by_length, exposed)}
-    shares = each.context is not None or each.packed
-    return list(dict.fromkeys([*found.values(), *([] if shares else [longest])]))
-
-
 def _pieces(
-    plan: Plan, each: Pass, witness: _Witness, before: Mapping[str, Tensor], fast: Mapping[str, Tensor], name: str
+    probe: Probe, before: Mapping[str, Tensor], fast: Mapping[str, Tensor], name: str
 ) -> list[tuple[Segment, Tensor]]:
-    """The segments of a text, each with what was captured for it."""
-    pieces = []
-    if each.context is not None:
-        (segment,) = plan.passes[each.context].rows[0].segments
-        pieces.append((segment, before[name][0]))
-    offset = 0
-    for segment in each.rows[witness.row].segments:
-        if witness.member in segment.members and segment.stop <= witness.stop:
-            pieces.append((segment, fast[name][witness.row, offset : offset + len(segment)]))
-        offset += len(segment)
+    """The segments of a probe text, each with what was captured for it."""
+    pieces = [(segment, fast[name][row, begin : begin + len(segment)]) for row, begin, segment in probe.pieces]
+    if len(probe.passes) > 1:
+        (segment,) = probe.passes[0].rows[0].segments
+        pieces.insert(0, (segment, before[name][0]))
     return [(segment, got.detach().cpu().double()) for segment, got in pieces]

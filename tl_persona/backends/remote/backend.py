@@ -26,6 +26,7 @@ from tl_persona.backends.remote.tracing import Chunk, Payload, Slots, payload_of
 from tl_persona.backends.remote.transport import CapacityFailure
 from tl_persona.backends.shortcuts import tolerance_of
 from tl_persona.errors import HookError, InputError, NonFiniteError, RemoteMemoryError
+from tl_persona.models.configs import chosen_keys_named, critical_lengths_named
 from tl_persona.models.facts import ModelFacts
 from tl_persona.models.hooks import layer_of
 from tl_persona.plan.plan import Plan, Sharing, make_plan
@@ -80,7 +81,13 @@ class RemoteBackend:
         key = self.model.nnsight_model
         if key not in _LEARNED:
             facts = _facts_of(self.model, self._sites, self._requests.dtype())
-            _LEARNED[key] = _Learned(facts, Appetite(facts.n_layers), Proof(tolerance_of(facts.dtype)))
+            settings = key._module.config.to_dict()
+            proof = Proof(
+                tolerance_of(facts.dtype),
+                sorted(critical_lengths_named(settings)),
+                min(chosen_keys_named(settings), default=None),
+            )
+            _LEARNED[key] = _Learned(facts, Appetite(facts.n_layers), proof)
         self._learned = _LEARNED[key]
         self.facts: ModelFacts = self._learned.facts
         self._path: dict[str, Any] = {}
@@ -195,7 +202,7 @@ class RemoteBackend:
         """The sums of one group, in as many requests as the server's memory asks for."""
         appetite = self._learned.appetite
         if not appetite.whole:
-            return self._chunked(payload_of(part.with_sharing(Sharing.NONE), slots, n_slots), hook_names)
+            return self._chunked(payload_of(self._learned.proof.known(part, hook_names), slots, n_slots), hook_names)
 
         def run(payload: Payload) -> SlotSums:
             return self._requests.run(payload, hook_names, Chunk(0, _stop(hook_names)))[0]
