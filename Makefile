@@ -10,9 +10,11 @@
 #   make test-releases  the suite on every pair of releases in docs/reference/compatibility.md, which it then writes again
 #   make test-newest-unpinned  the suite on the newest of everything beside torch 2.13.0; it tells, and fails nothing
 #   make test-heavy  tests that take minutes each
+#   make families   every family of decoders extracted, and the table of docs/reference/compatibility.md written again
 #   make nightly    what CI has no time for: the other releases, heavy tests, long fuzzing, benchmarks once; an hour or two
 #   make docs       the documentation as a site, in site/
 #   make fuzz       files made up by atheris, for FUZZ_SECONDS each
+#   make fuzz-proof  random plans on fake models, SEEDS=a:b or on from tests/tools/proof_ranges.csv, where it writes them
 #   make lint       ruff, and mypy at its strictest
 #   make bench      speed and memory, beside what a user would run instead; on both releases
 
@@ -46,7 +48,8 @@ FUZZ := $(VENV)/fuzz
 FUZZ_SECONDS ?= 60
 
 .PHONY: setup demo test test-fast test-all test-newest $(CORNERS:%=test-%) test-browser test-llama test-ndif test-heavy \
-	test-releases test-newest-unpinned test-oldest-whole nightly compatibility docs fuzz lint format bench bench-once clean
+	test-releases test-newest-unpinned test-oldest-whole nightly compatibility families docs fuzz fuzz-proof \
+	lint format bench bench-once clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -148,11 +151,21 @@ test-ndif: $(NDIF)/.ready $(OLD_TL)/.ready
 test-heavy: $(READY)
 	TL_PERSONA_HEAVY=1 $(PYTEST) $(APART) -m heavy tests
 
+# In float32, which is what the table has.
+families: $(READY)
+	@rm -f $(VENV)/families.json
+	TL_PERSONA_HEAVY=1 TL_PERSONA_FAMILIES=$(abspath $(VENV))/families.json \
+		$(PYTEST) -k "the_plain_model or refused" tests/families/test_family_extraction.py
+	$(BIN)/python docs/site/families.py $(VENV)/families.json
+
 test-fast:
 	@$(MAKE) --no-print-directory test SELECT="not slow"
 
 fuzz: $(FUZZ)/.ready
 	PYTHONPATH=$(FUZZ) $(BIN)/python tests/tools/fuzz_atheris.py $(FUZZ_SECONDS)
+
+fuzz-proof: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/tools/fuzz_proof.py $(if $(SEEDS),--seeds $(SEEDS)) --jobs $(JOBS) --record
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -178,7 +191,7 @@ bench-once: $(PEERS)/.ready
 
 nightly:
 	FUZZ_SECONDS=120 bash .ci/nightly $(patsubst %,test-%,$(filter-out oldest,$(CORNERS))) test-oldest-whole \
-		test-newest-unpinned test-heavy bench-once fuzz
+		test-newest-unpinned test-heavy bench-once fuzz fuzz-proof
 
 clean:
 	rm -rf $(VENV) $(ARTIFACTS) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

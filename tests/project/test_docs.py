@@ -36,6 +36,13 @@ def test_the_compatibility_page_says_what_the_runs_left(monkeypatch: pytest.Monk
     assert PAGE.read_text(encoding="utf-8") == page(), "run: make compatibility"
 
 
+def test_the_compatibility_page_says_what_the_families_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    from families import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: make families"
+
+
 def test_the_command_line_page_says_what_the_parser_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
     from command_line import PAGE, page

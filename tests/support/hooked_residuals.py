@@ -24,6 +24,10 @@ _SEEN_WITH = ("3.9.", "4.3."), ("5.24.",)
 
 RIGHT, REFUSED, MISSING = "right", "refused", "missing"
 
+_SAYS_MISSING = (
+    "has no bridge for|has no HookedTransformer|cannot make a HookedTransformer|cannot run|has no hook blocks"
+)
+
 
 def residuals(model: Any, texts: Sequence[Tensor], tokenizer: Any = None) -> list[Tensor]:
     """Residuals after every block, for each text of shape (layer, pos, d_model): a mask a position, all in one plan."""
@@ -51,7 +55,7 @@ def outcome(run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> 
 
 def _kind_of_refusal(error: ModelError) -> str:
     message = str(error)
-    if re.search("has no bridge for|has no HookedTransformer|cannot make a HookedTransformer|cannot run", message):
+    if re.search(_SAYS_MISSING, message):
         return MISSING
     assert re.search(r"\bblocks?[ .]\d", message), f"the error names no block: {message}"
     sizes = re.findall(r"\bby (?:about )?(\d[\d.]*(?:e[+-]?\d+)?)", message)

@@ -24,7 +24,9 @@ def block_outputs(model: Any, input_ids: Tensor, layers_at: str | None = None) -
     layers = _layers_of(model) if layers_at is None else model.get_submodule(layers_at)
     captured: list[Tensor] = []
     handles = [
-        layer.register_forward_hook(lambda _m, _args, out: captured.append(out[0] if isinstance(out, tuple) else out))
+        layer.register_forward_hook(
+            lambda _m, _args, out: captured.append(out[0] if isinstance(out, tuple | list) else out)
+        )
         for layer in layers
     ]
     try:

@@ -40,6 +40,15 @@ def persona(prefix: int = 24) -> list[Sample]:
     return samples_of(*alone, (beginning,), *below, (beginning, text(7, 17)), (beginning, nested), prefix=prefix)
 
 
+def pairs() -> list[Sample]:
+    """Pairs with a short question of their own each: they lie side by side, in rows of different lengths."""
+    texts = []
+    for index, (question, positive, negative) in enumerate([(6, 3, 5), (9, 1, 2), (5, 8, 8), (12, 4, 0), (7, 2, 6)]):
+        shared = text(question, 100 + index)
+        texts += [(shared, text(positive, 200 + index)), (shared, text(negative, 300 + index))]
+    return samples_of(*texts, prefix=5)
+
+
 def pool(
     model: Any, samples: Sequence[Sample], hooks: Sequence[str] = tuple(ALL_LAYERS), **limits: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:

@@ -18,6 +18,7 @@ from tl_persona.provenance import UNKNOWN
 LOOKING_ON = (
     "transformers.utils.output_capturing",
     "transformer_lens.model_bridge.generalized_components.block",
+    "transformer_lens.model_bridge.component_setup",  # hands a layer's input and output on to the hooks of its MLP
     "tl_persona.backends.local.trial",  # hands an argument on under the name that is looked for
     "tl_persona.backends.local.reference",
 )
@@ -44,7 +45,20 @@ def evaluating(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 def is_observed(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether any of these has a hook of somebody's."""
-    return any(not _only_looks_on(hook) for module in modules for hook in hooks_of(module))
+    # Hooks are asked for first: of thousands of modules few have any.
+    return any(not _only_looks_on(hook) for module in modules if any(hooks_of(module)) for hook in _given_hooks(module))
+
+
+def _given_hooks(module: torch.nn.Module) -> list[Any]:
+    """All hooks of one module as they were given: TransformerLens wraps them."""
+    users = _users_hooks(module)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [users.get(key) or hook for kind in kinds for key, hook in getattr(module, kind).items()]
+
+
+def _users_hooks(module: torch.nn.Module) -> dict[int, Any]:
+    """What TransformerLens was given to wrap, by the keys of the hooks that it put on."""
+    return {handle.hook.id: handle.user_hook for handle in getattr(module, "fwd_hooks", ())}
 
 
 def interventions_on(modules: Iterable[torch.nn.Module]) -> str:
@@ -54,13 +68,14 @@ def interventions_on(modules: Iterable[torch.nn.Module]) -> str:
     """
     found: list[tuple[str, str]] = []
     for module in dict.fromkeys(modules):
-        users = {handle.hook.id: handle.user_hook for handle in getattr(module, "fwd_hooks", ())}
+        users = _users_hooks(module)
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             for key, hook in getattr(module, kind).items():
-                edit = intervention_of(users.get(key) or hook)
+                given = users.get(key) or hook
+                edit = intervention_of(given)
                 if edit is not None:
                     found.append(edit)
-                elif not _only_looks_on(hook) and not _is_ours(users.get(key) or hook):
+                elif not _only_looks_on(given) and not _is_ours(given):
                     return UNKNOWN
     if not found:
         return ""
@@ -79,9 +94,12 @@ def without_hooks(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     taken: list[tuple[Any, OrderedDict[int, Any]]] = []
     try:
         for module in dict.fromkeys(modules):
+            users = _users_hooks(module)
             for kind in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks: Any = getattr(module, kind)
-                away = OrderedDict((key, hook) for key, hook in hooks.items() if not _only_looks_on(hook))
+                away = OrderedDict(
+                    (key, hook) for key, hook in hooks.items() if not _only_looks_on(users.get(key) or hook)
+                )
                 if away:
                     taken.append((hooks, OrderedDict(hooks)))
                     for key in away:

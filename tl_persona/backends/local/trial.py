@@ -144,9 +144,11 @@ class _Trier:
                 raise
             except Exception as error:  # an architecture may refuse in any way
                 failures.append(error)
+        dtype = str(self._original.dtype).removeprefix("torch.")
+        other = "" if dtype in ("float32", "float64") else f"load it with dtype='float32' instead of {dtype}, or "
         raise ModelError(
             f"TransformerLens cannot run {type(self._original).__name__} with the installed transformers "
-            f"({type(failures[0]).__name__}: {failures[0]}): try another release of either"
+            f"({type(failures[0]).__name__}: {failures[0]}): {other}try another release of either"
         ) from failures[0]
 
     def _quiet(self, whole: Tensor) -> tuple[dict[str, Any], dict[str, str]]:
