@@ -30,13 +30,13 @@ class Run(NamedTuple):
 def watched_runs() -> Iterator[list[Run]]:
     """Everything that local backends run until the end, in order."""
     found: list[Run] = []
-    pool = LocalBackend.pool
+    pooled = LocalBackend._pooled  # behind samples one by one, and behind their sums
 
-    def watched(self: LocalBackend, plan: Plan, hook_names: Sequence[str]) -> Iterator[Pooled]:
+    def watched(self: LocalBackend, plan: Plan, hook_names: Sequence[str], *, with_norms: bool) -> Iterator[Pooled]:
         found.append(Run(plan, self))
-        return pool(self, plan, hook_names)
+        return pooled(self, plan, hook_names, with_norms=with_norms)
 
-    with mock.patch.object(LocalBackend, "pool", watched):
+    with mock.patch.object(LocalBackend, "_pooled", watched):
         yield found
 
 
