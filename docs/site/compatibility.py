@@ -37,10 +37,16 @@ def page() -> str:
     results: Results = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
     for name, table in (("runs", _runs(results)), ("packages", _packages(results))):
-        place = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, found = place.subn(rf"\g<1>\n{table}\n\g<2>", text)
-        if found != 1:
-            raise ValueError(f"{PAGE.name}: there is no place for the table of {name}")
+        text = filled(text, name, table)
+    return text
+
+
+def filled(text: str, name: str, table: str) -> str:
+    """The text of the page with a table in the place that has its name."""
+    place = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(<!-- end -->)", re.DOTALL)
+    text, found = place.subn(lambda around: f"{around[1]}\n{table}\n{around[2]}", text)
+    if found != 1:
+        raise ValueError(f"{PAGE.name}: there is no place for the table of {name}")
     return text
 
 
@@ -51,7 +57,7 @@ def _runs(results: Results) -> str:
             run = results[name]
             releases = [run["releases"].get(column, "") for column in COLUMNS]
             rows.append([meaning, *releases, _tests(name, run), _outcome(run), run["date"]])
-    return _table(rows)
+    return table_of(rows)
 
 
 def _tests(name: str, run: dict[str, Any]) -> str:
@@ -71,10 +77,11 @@ def _packages(results: Results) -> str:
     runs = {name: results[name]["releases"] for name in SIDE_BY_SIDE if name in results}
     packages = sorted({package for releases in runs.values() for package in releases})
     rows = [["package", *(RUNS[name] for name in runs)], ["---"] * (len(runs) + 1)]
-    return _table([*rows, *([package, *(runs[name].get(package, "") for name in runs)] for package in packages)])
+    return table_of([*rows, *([package, *(runs[name].get(package, "") for name in runs)] for package in packages)])
 
 
-def _table(rows: list[list[str]]) -> str:
+def table_of(rows: list[list[str]]) -> str:
+    """Rows as Markdown, the first two being the headings and the line below them."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines[1] = lines[1].replace(" ", "")
     return "\n".join(lines) + "\n"

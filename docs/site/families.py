@@ -8,25 +8,20 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "reference"
-PAGE, RESULTS = DOCS / "compatibility.md", DOCS / "families.json"
+from compatibility import DOCS, PAGE, filled, table_of
+
+RESULTS = DOCS / "families.json"
 
 _HEADS = ("family", "transformers class", "taken as", "persona", "pairs", "beyond lengths", "largest error")
-_PLACE = re.compile(r"(<!-- families: [^>]* -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def page() -> str:
     """The page, with its table as the results say."""
     families: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = [_HEADS, ["---"] * len(_HEADS), *(_row(name, families[name]) for name in sorted(families))]
-    table = "".join("| " + " | ".join(row) + " |\n" for row in rows).replace("| --- | ", "|---|", 1)
-    text, found = _PLACE.subn(lambda place: f"{place[1]}\n{table}\n{place[2]}", PAGE.read_text(encoding="utf-8"))
-    if found != 1:
-        raise ValueError(f"{PAGE.name}: there is no place for the table of families")
-    return text
+    rows = [list(_HEADS), ["---"] * len(_HEADS), *(_row(name, families[name]) for name in sorted(families))]
+    return filled(PAGE.read_text(encoding="utf-8"), "families", table_of(rows))
 
 
 def _row(name: str, seen: dict[str, Any]) -> list[str]:

@@ -70,7 +70,7 @@ def state_of(model: torch.nn.Module) -> ModelState:
     saved = _named_tensors(model)
     kept = {id(tensor) for _, tensor in saved}
     unsaved = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in kept]
-    hooks = [(name, id(hook)) for name, module in modules for hook in hooks_of(module)]
+    hooks = [(name, id(hook)) for name, module in modules for _, hook in hooks_of(module)]
     return ModelState(
         parts=frozenset([(name, id(part)) for name, part in (*modules, *parameters)]),
         hooks=frozenset(hooks),
@@ -81,10 +81,10 @@ def state_of(model: torch.nn.Module) -> ModelState:
     )
 
 
-def hooks_of(module: torch.nn.Module) -> Iterator[Any]:
-    """All hooks of one module."""
+def hooks_of(module: torch.nn.Module) -> Iterator[tuple[int, Any]]:
+    """All hooks of one module, each with the key that torch gave it."""
     for kind in _HOOK_KINDS:
-        yield from getattr(module, kind).values()
+        yield from getattr(module, kind).items()
 
 
 def values_digest(model: torch.nn.Module) -> str:

@@ -45,15 +45,11 @@ def evaluating(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 def is_observed(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether any of these has a hook of somebody's."""
-    # Hooks are asked for first: of thousands of modules few have any.
-    return any(not _only_looks_on(hook) for module in modules if any(hooks_of(module)) for hook in _given_hooks(module))
+    return any(_is_somebodys(module, key, hook) for module in modules for key, hook in hooks_of(module))
 
 
-def _given_hooks(module: torch.nn.Module) -> list[Any]:
-    """All hooks of one module as they were given: TransformerLens wraps them."""
-    users = _users_hooks(module)
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [users.get(key) or hook for kind in kinds for key, hook in getattr(module, kind).items()]
+def _is_somebodys(module: torch.nn.Module, key: int, hook: Any) -> bool:
+    return not _only_looks_on(_users_hooks(module).get(key) or hook)
 
 
 def _users_hooks(module: torch.nn.Module) -> dict[int, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_persona.backends.probes import Findings, Probe, texts_by_kind
 from tl_persona.backends.remote.tracing import Payload, payload_of
-from tl_persona.backends.shortcuts import choice_in, next_best, stands_for
+from tl_persona.backends.shortcuts import Kind, Placed, choice_in, next_best, stands_for
 from tl_persona.errors import RemoteRefusedError
 from tl_persona.plan.plan import Plan, Sharing
 from tl_persona.plan.rows import Pass, Row, Segment
@@ -149,8 +149,8 @@ class Proof:
             RemoteError: The server did not bring a request to its end.
         """
         plan = part.with_sharing(Sharing.PACKED)
-        while texts_by_kind(plan, self._critical):
-            flaw = choice_in(plan, self._chosen_keys) or self._flaw(plan, hook_names, run)
+        while taken := texts_by_kind(plan, self._critical):
+            flaw = choice_in(plan, self._chosen_keys) or self._flaw(plan, taken, hook_names, run)
             if flaw is None:
                 break
             less = next_best(plan)
@@ -174,10 +174,16 @@ class Proof:
         left = [text for texts in kinds.values() for text in self._findings.left(None, texts, hook_names)]
         return plan.alone() if left else plan
 
-    def _flaw(self, plan: Plan, hook_names: Sequence[str], run: Callable[[Payload], SlotSums]) -> str | None:
+    def _flaw(
+        self,
+        plan: Plan,
+        taken: Mapping[Kind, Sequence[Placed]],
+        hook_names: Sequence[str],
+        run: Callable[[Payload], SlotSums],
+    ) -> str | None:
         """Why passes of a plan cannot be trusted on the server's model; None where they can."""
         probes: list[Probe] = []
-        for kind, texts in texts_by_kind(plan, self._critical).items():
+        for kind, texts in taken.items():
             left = self._findings.left(None, texts, hook_names)
             if left and (flaw := self._findings.flaw(None, kind)) is not None:
                 return flaw
