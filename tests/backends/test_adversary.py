@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import CHOOSING, FAULTS, NAMED, FakeRunner, proven_error, small_limits
+from fakes import CHOOSING, FAULTS, NAMED, FakeRunner, named_lengths, proven_error, small_limits
 
 from tl_persona.backends.shortcuts import choice_in
 from tl_persona.plan.plan import Plan, Sharing, make_plan
@@ -91,6 +91,10 @@ PLANS = {
         ("positions start again behind a cache", 1),
         [sample("first", START + ids(20, 2)), sample("second", START + ids(7, 3)), sample("third", START + ids(3, 4))],
     ),
+    "a gap that leaves a chunk whole, where a smaller one cuts it in two": (
+        ("chunks of places in the row", 13),
+        [sample(str(at), START[:13] + ids(length, at), 13) for at, length in enumerate([3, 3, 5, 3, 5])],
+    ),
 }  # fmt: skip
 
 
@@ -102,7 +106,7 @@ NAMED_OR_NOT = [(name, named) for name, ((fault, _), _) in PLANS.items() for nam
 def test_a_plan_that_was_once_proven_and_wrong(name: str, named: bool, budget: int) -> None:
     (fault, n), samples = PLANS[name]
     for order in (samples, samples[::-1]):
-        assert proven_error(FakeRunner(fault, n, 0), order, budget, [n] if named else []) < 1e-5
+        assert proven_error(FakeRunner(fault, n, 0), order, budget, named_lengths(fault, n) if named else []) < 1e-5
 
 
 # --- keys that are chosen by what they are ---------------------------------------------------------------------------

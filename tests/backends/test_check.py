@@ -115,14 +115,15 @@ def test_weights_that_were_centred_on_purpose_are_compared_all_the_same(tiny_gpt
 @pytest.mark.parametrize(
     ("lengths", "n_ctx", "longest", "expected"),
     [
-        ((), 2048, 4000, [128]),
-        ((16, 2048), 2048, 0, [128]),  # the context cannot be crossed
+        ((), 2048, 4000, [64]),
+        ((16, 2048), 2048, 0, [64]),  # the context cannot be crossed
         ((512,), 4096, 0, [520]),
-        ((513,), 4096, 513, [128]),
-        ((513,), 4096, 514, [128, 521]),
-        ((64,), 100, 0, [100]),
+        ((513,), 4096, 513, [64]),
+        ((513,), 4096, 514, [64, 521]),
+        ((64,), 100, 0, [72]),
+        ((30,), 50, 0, [50]),
         ((300, 400, 4096), 8192, 500, [308, 408]),
-        ((4096,), 0, 5000, [128, 4104]),  # no limit of its own
+        ((4096,), 0, 5000, [64, 4104]),  # no limit of its own
     ],
 )
 def test_the_texts_compared_go_just_past_what_the_configuration_names(
@@ -150,10 +151,10 @@ def test_a_plan_that_crosses_a_longer_length_compares_there_once(
     model = load_model(windowed, kind="bridge")
     short, long = samples_of((text(40, 1),), prefix=4), samples_of((text(700, 2),), prefix=4)
     pool(model, short)
-    assert compared == [128]
+    assert compared == [64]
     means, _ = pool(model, long)
     pool(model, long)
-    assert compared == [128, 608]
+    assert compared == [64, 608]
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(windowed).eval()
     assert relative_error(means[0], oracle_means(hf_model, long[0])) < 1e-5
 
@@ -229,8 +230,8 @@ def test_a_model_booted_elsewhere_is_unchecked_until_it_is_compared(tiny_llama: 
     _, notes = pool(model, persona())
     assert notes["check"].startswith("unchecked: it was not made here")
     found = check_model(model, transformers.AutoModelForCausalLM.from_pretrained(tiny_llama))
-    assert 0 < found.difference < found.allowed == 1e-5 and found.hook in ALL_LAYERS and found.n_tokens == (128,)
-    assert pool(model, persona())[1]["check"] == "compared with transformers up to 128 tokens, unchecked past that"
+    assert 0 < found.difference < found.allowed == 1e-5 and found.hook in ALL_LAYERS and found.n_tokens == (64,)
+    assert pool(model, persona())[1]["check"] == "compared with transformers up to 64 tokens, unchecked past that"
 
 
 def test_comparing_finds_another_model(tiny_llama: Path) -> None:

@@ -379,6 +379,12 @@ def proven_error(
     return max(_error(pooled, plan, runner, HOOKS) for pooled in _pooled(trusted, chosen, HOOKS))
 
 
+def named_lengths(fault: str, n: int) -> list[int]:
+    """What a configuration names: chunks also by their multiples."""
+    times = 4 * LONGEST // n if "chunks" in fault else 1
+    return [n * time for time in range(1, times + 1)]
+
+
 def run_history(seed: int) -> Outcome:
     """Draws a fake and some plans, has them proven and run one after the other, and compares with each text alone."""
     draw = random.Random(seed)
@@ -390,8 +396,7 @@ def run_history(seed: int) -> Outcome:
     runners = [plain]
     if draw.random() < 0.3:  # a faster one that goes wrong elsewhere
         runners = [FakeRunner(fault, n if fault in CHOOSING else max(1, n // 2), 0, plain), plain]
-    times = 4 * LONGEST // n if "chunks" in fault else 1
-    critical = [n * time for time in range(1, times + 1)] if named else []
+    critical = named_lengths(fault, n) if named else []
     critical.append(5 * LONGEST)
     model = _Model()
     errors, sharing, told = [0.0], [], True

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tl_persona.plan.passes import needs_mask
 from tl_persona.plan.plan import Plan, Sharing
-from tl_persona.plan.rows import Pass, Row
+from tl_persona.plan.rows import Pass, Row, Segment
 
 
 class Kind(NamedTuple):
@@ -25,12 +25,15 @@ class Kind(NamedTuple):
         kept: Whether their passes are kept, to be continued.
         sides: For each critical length of the model, whether text, given text, prefix, the row up to the text's end,
             the longest text of the pass, its width and its keys are below (-1), at (0) or above (1) it.
+        pieces: The same of each segment of the text in its row: its first position, and the places in the row where it
+            begins and ends. Segments that lie alike count once.
     """
 
     continues: bool
     masked: bool
     kept: bool
     sides: tuple[int, ...]
+    pieces: tuple[tuple[int, ...], ...] = ((),)
 
     @property
     def shares(self) -> bool:
@@ -169,17 +172,35 @@ def _texts_of(plan: Plan, index: int, each: Pass, critical_lengths: Sequence[int
                     rows=len(each.rows),
                 )
                 lengths = (segment.stop, given, context, context + end, longest, width, context + width)
-                kind = Kind(each.context is not None, masked, each.kept, sides(critical_lengths, *lengths))
+                kind = Kind(
+                    each.context is not None,
+                    masked,
+                    each.kept,
+                    sides(critical_lengths, *lengths),
+                    _sides_of_pieces(critical_lengths, row, place, member, context),
+                )
                 telling = is_telling(exposure.gap, _branch(row, place, member, context, exposure.gap))
                 yield Placed(kind, exposure, index, row_index, member, telling)
 
 
-def _branch(row: Row, place: int, member: int, context: int, gap: int) -> int:
-    """The position of the first token of a text that is as far out of its place as the last."""
+def _pieces(row: Row, place: int, member: int, context: int) -> list[tuple[Segment, int]]:
+    """The segments of a text that ends in one of them, each with the place in the row where it begins."""
     segments = row.segments[: place + 1]
     begins = accumulate(map(len, segments), initial=context)
-    own = [(part.start, begin) for part, begin in zip(segments, begins, strict=False) if member in part.members]
-    return min(start for start, begin in own if begin - start == gap)
+    return [(part, begin) for part, begin in zip(segments, begins, strict=False) if member in part.members]
+
+
+def _sides_of_pieces(
+    critical_lengths: Sequence[int], row: Row, place: int, member: int, context: int
+) -> tuple[tuple[int, ...], ...]:
+    pieces = _pieces(row, place, member, context)
+    return tuple(sorted({sides(critical_lengths, part.start, begin, begin + len(part)) for part, begin in pieces}))
+
+
+def _branch(row: Row, place: int, member: int, context: int, gap: int) -> int:
+    """The position of the first token of a text that is as far out of its place as the last."""
+    pieces = _pieces(row, place, member, context)
+    return min(part.start for part, begin in pieces if begin - part.start == gap)
 
 
 def placed_text(plan: Plan, index: int, member: int, critical_lengths: Sequence[int]) -> Placed:

@@ -30,7 +30,7 @@ from tl_persona.plan.rows import Pass, Row, Segment
 from tl_persona.provenance import software_versions
 from tl_persona.tensors import Sample
 
-SHORT = 128
+SHORT = 64
 """Tokens of the text that a model is compared on when it is loaded."""
 
 LONGEST_AT_ONCE = 512
@@ -150,7 +150,7 @@ def lengths_to_compare(lengths: Sequence[int], n_ctx: int, longest: int) -> list
 
     Example:
         >>> lengths_to_compare([], 2048, 0), lengths_to_compare([256, 4096], 32768, 0)
-        ([128], [264])
+        ([64], [264])
         >>> lengths_to_compare([256, 4096], 32768, 5000)
         [264, 4104]
     """

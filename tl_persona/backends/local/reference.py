@@ -28,6 +28,10 @@ class NoReferenceError(Exception):
     """The transformers model cannot be compared with; the text says why."""
 
 
+class _NoLogitsError(Exception):
+    """A pass has come as far as it is needed."""
+
+
 class _WroteWeightsError(Exception):
     """A pass was about to write into a parameter."""
 
@@ -140,14 +144,33 @@ class Reference:
         device = self.model.get_input_embeddings().weight.device
         try:
             guard = nullcontext() if self.owns_weights else _Guard(self.model)
-            with torch.no_grad(), without_hooks(self.model.modules()), guard:
+            with torch.no_grad(), without_hooks(self.model.modules()), self._without_logits(), guard:
                 self.model(ids.to(device), use_cache=False)
+        except _NoLogitsError:
+            return
         except (MemoryError, torch.OutOfMemoryError, _WroteWeightsError):
             raise
         except Exception as error:  # an architecture may refuse in any way
             raise NoReferenceError(
                 f"{self.name} does not run on token ids alone ({type(error).__name__}: {error})"
             ) from error
+
+    @contextmanager
+    def _without_logits(self) -> Iterator[None]:
+        """Ends a pass where logits would be computed: nobody looks at them, and they cost as much as some layers."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, torch.nn.Module) or head is self.model.get_input_embeddings():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            raise _NoLogitsError
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _watching(

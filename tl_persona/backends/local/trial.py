@@ -113,12 +113,12 @@ class _Trier:
             none = arguments | {"logits_to_keep": _NO_POSITIONS.to(self._ids.device)}
             if self._same(whole, lambda: self._residuals(self._ids, **none)) is None:
                 without_logits = none
-        cache_name, read_as, seen = self._cache(whole, arguments)
+        cache_name, read_as, seen = self._cache(whole, without_logits)
         limits: dict[Sharing, str] = {}
         if cache_name is None:
             limits = dict.fromkeys((Sharing.PACKED, Sharing.CACHED), f"it does not continue a cache ({seen})")
         else:
-            flaw = self._same(self._second_ending(), lambda: self._side_by_side(arguments))
+            flaw = self._same(self._second_ending(without_logits), lambda: self._side_by_side(without_logits))
             if flaw is not None:
                 limits = {Sharing.PACKED: f"it does not take positions and a mask of its own ({flaw})"}
         return Trial(arguments, without_logits, cache_name, read_as, limits, costs, stops)
@@ -158,6 +158,13 @@ class _Trier:
             "output_attentions": (False, "attention patterns are kept", lambda: not _has_patterns(self._output)),
             "use_cache": (False, "keys and values are kept", lambda: not _keeps(self._output)),
         }
+        together = {name: value for name, (value, _, _) in wanted.items()}
+        if self._same(whole, lambda: self._residuals(self._ids, **together)) is None:
+            return together, {
+                name: f"{cost}: {name}={value} has no effect"
+                for name, (value, cost, left_out) in wanted.items()
+                if not left_out()
+            }
         arguments, costs = {}, {}
         for name, (value, cost, left_out) in wanted.items():
             seen = self._same(whole, lambda chosen={name: value}: self._residuals(self._ids, **chosen))  # type: ignore[misc]
@@ -214,8 +221,8 @@ class _Trier:
         self._residuals(self._ids[:, :-1], **chosen)
         return self._residuals(self._ids[:, -1:], **chosen)
 
-    def _second_ending(self) -> Tensor:
-        return self._residuals(self._ids[:, [0, 2]])[:, :, -1:]
+    def _second_ending(self, arguments: dict[str, Any]) -> Tensor:
+        return self._residuals(self._ids[:, [0, 2]], **arguments)[:, :, -1:]
 
     def _side_by_side(self, arguments: dict[str, Any]) -> Tensor:
         """Residuals of the last token as the second of a text, beside another second token."""
