@@ -142,7 +142,7 @@ def _starts_again_for_several(view: View, n: int) -> None:
 
 def _looks_behind(view: View, n: int) -> None:
     if view.tokens.shape[1] > n:
-        view.extra[:, :-n] += 0.1 * view.tokens[:, n:]
+        view.extra[:, :-n] += 0.1 * (1 + view.tokens[:, n:])
 
 
 def _both_directions(view: View, n: int) -> None:
