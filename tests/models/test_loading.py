@@ -116,7 +116,7 @@ def test_truncated_weights_are_one_clear_error(tiny_llama: Path, tmp_path: Path)
         ({"dtype": "float31"}, "unknown dtype 'float31': use float32"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": torch.int64}, "unknown dtype"),
-        ({"kind": "hooked", "device_map": "auto"}, "device_map works with kind='bridge' only"),
+        ({"kind": "hooked", "device_map": "auto"}, "device_map works with kind='bridge' or 'transformers'"),
     ],
 )
 def test_an_unknown_option_is_refused_before_anything_is_loaded(

@@ -934,9 +934,9 @@ def test_a_coefficient_that_overflows_half_precision_is_refused(kind: str, model
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_plain_transformers_model_is_pointed_to_load_model(plain: Any) -> None:
-    message = r"LlamaForCausalLM has no TransformerLens hooks.*tl_persona\.load_model"
-    with pytest.raises(InputError, match=message), attach(plain("llama"), [Intervention(MIDDLE, V)]):
+def test_a_model_without_layers_to_hook_is_pointed_to_load_model() -> None:
+    message = r"Linear has no TransformerLens hooks.*tl_persona\.load_model"
+    with pytest.raises(InputError, match=message), attach(torch.nn.Linear(2, 2), [Intervention(MIDDLE, V)]):
         pytest.fail("the block was entered")
 
 
@@ -1084,9 +1084,13 @@ def test_a_vector_of_another_model_is_refused_and_one_of_the_same_files_is_not(
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_vector_points_a_plain_transformers_model_to_load_model(plain: Any, tiny_llama: Path) -> None:
-    with (
-        pytest.raises(InputError, match=r"load it with tl_persona\.load_model"),
-        vector_of("any").steer(plain("llama")),
-    ):
-        pytest.fail("the block was entered")
+def test_a_vector_steers_a_transformers_model_as_it_is(plain: Any, models: Any, tiny_llama: Path) -> None:
+    ids, model = torch.arange(5, 14)[None], plain("llama")
+    logits = []
+    for each in (model, models("bridge")):
+        with vector_of(tiny_llama.name).steer(each), torch.no_grad():
+            output = each(ids)
+        logits.append(output if isinstance(output, torch.Tensor) else output.logits)
+    with torch.no_grad():
+        assert not torch.allclose(logits[0], model(ids).logits, atol=1e-2)
+    assert torch.allclose(logits[0], logits[1], atol=1e-3)

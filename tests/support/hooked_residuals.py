@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from decoders import Decoder
-from kinds import HAS_HOOKED_TRANSFORMER
 from oracle import relative_error
 from torch import Tensor
 
@@ -24,8 +23,12 @@ _SEEN_WITH = ("3.9.", "4.3."), ("5.24.",)
 
 RIGHT, REFUSED, MISSING = "right", "refused", "missing"
 
+SEVERAL_STREAMS = ("DeepseekV4Config",)
+"""Decoders whose layers hand on several streams side by side, so that none of them is the residual."""
+
 _SAYS_MISSING = (
-    "has no bridge for|has no HookedTransformer|cannot make a HookedTransformer|cannot run|has no hook blocks"
+    "has no bridge for|has no HookedTransformer|cannot make a HookedTransformer|cannot run|has no hook blocks|"
+    "cannot be read as plain transformers"
 )
 
 
@@ -68,9 +71,10 @@ def allowed(decoder: Decoder, kind: str) -> Collection[str]:
     """What may come of a decoder as `load_model` has it with this kind, by what is known of the releases at hand."""
     if not all(release.startswith(known) for release, known in zip(_RELEASES, _SEEN_WITH, strict=True)):
         return RIGHT, REFUSED, MISSING
-    both = ("hooked", "bridge") if HAS_HOOKED_TRANSFORMER else ("bridge",)
-    states = {_state(decoder, each) for each in (both if kind == "auto" else (kind,))}
-    if RIGHT in states:  # "auto" goes on to it
+    if kind == "auto":  # it goes on to the transformers model itself
+        return (MISSING,) if decoder.config in SEVERAL_STREAMS else (RIGHT,)
+    states = {_state(decoder, kind)}
+    if RIGHT in states:
         return (RIGHT,)
     return (RIGHT, *states) if REFUSED in states else (MISSING,)
 

@@ -70,6 +70,8 @@ def assert_nothing_is_lost_in_silence(notes: Mapping[str, Any]) -> None:
     elif notes["model_class"] == "TransformerBridge":
         assert notes["sharing"] == "packed" or any(name in reasons["packed"] for name in told), notes
         assert notes.get("attention") == "fused" or any(name in reasons["fused"] for name in told), notes
+    elif notes["model_class"] == "TransformersModel":
+        assert notes["sharing"] == "packed" or any(name in reasons["packed"] for name in told), notes
     else:
         assert notes["sharing"] == "cached", notes
 

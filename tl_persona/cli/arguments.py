@@ -29,7 +29,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", required=True, help="a hub id, a local model folder, a .gguf file, or smollm2 (the demo model)"
     )
-    model.add_argument("--kind", choices=("auto", "hooked", "bridge"), default="auto", help="TransformerLens class")
+    model.add_argument(
+        "--kind",
+        choices=("auto", "hooked", "bridge", "transformers"),
+        default="auto",
+        help="TransformerLens class, or the transformers model itself",
+    )
     model.add_argument("--dtype", help="such as bfloat16; default: the checkpoint's own")
     model.add_argument("--device", help="such as cuda:0; default: cuda where there is one, else cpu")
     model.add_argument("--revision", help="hub revision")

@@ -317,6 +317,24 @@ def lengths_named(settings: Any, named: bool = False) -> Iterator[int]:
         yield settings
 
 
+_LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
+
+
+def longest_text_named(settings: Mapping[str, Any]) -> int | None:
+    """The longest text in tokens that a configuration says the model was made for; None where it has no such limit.
+
+    Example:
+        >>> longest_text_named({"text_config": {"max_position_embeddings": 8192}}), longest_text_named({"alibi": True})
+        (8192, None)
+    """
+    if settings.get("alibi"):
+        return None
+    found = next((settings[name] for name in _LONGEST if isinstance(settings.get(name), int)), None)
+    if found is None and isinstance(settings.get("text_config"), Mapping):
+        return longest_text_named(settings["text_config"])
+    return found
+
+
 def chunks_named(settings: Any) -> Iterator[int]:
     """Those of `lengths_named` that are lengths of chunks, each of which ends what came before.
 

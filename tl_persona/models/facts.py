@@ -1,6 +1,7 @@
 """What the rest of the package needs to know of a model: one Protocol, a record of facts, a registry of sources.
 
-Both TransformerLens classes satisfy `HookedModel`; nothing here imports them.
+Both TransformerLens classes satisfy `HookedModel`, and a transformers model as `backends.local.plain` has it; none is
+imported here.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """The common part of `HookedTransformer` and `TransformerBridge` that this package uses."""
+    """The common part of `HookedTransformer`, `TransformerBridge` and `TransformersModel` that this package uses."""
 
     cfg: Any
     tokenizer: Any

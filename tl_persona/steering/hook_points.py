@@ -16,6 +16,19 @@ from tl_persona.models.facts import HookedModel
 from tl_persona.models.hooks import layer_of, resolve_hooks
 
 
+def hooked_form(model: Any) -> Any:
+    """A model that has hooks, as it is; a transformers model with hooks on its own decoder layers.
+
+    Raises:
+        ModelError: Its decoder layers cannot be told.
+    """
+    if hasattr(model, "hook_dict"):
+        return model
+    from tl_persona.backends.local.boot import with_hooks
+
+    return with_hooks(model)
+
+
 def hook_point(model: HookedModel, hook_name: str, direction: Float[Tensor, "d_model"]) -> Any:
     """The model's hook point, after all checks that need no pass.
 

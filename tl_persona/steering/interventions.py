@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import HookError, InputError, NonFiniteError
-from tl_persona.models.facts import HookedModel, mark_intervention
+from tl_persona.models.facts import mark_intervention
 from tl_persona.steering.hook_points import (
     check_activation,
     check_edit_is_felt,
     checked_direction,
     hook_point,
     hooked,
+    hooked_form,
     unit_direction,
 )
 from tl_persona.steering.positions import CacheGuard, PassWatch, Positions, check_positions, select
@@ -85,13 +86,18 @@ class Intervention:
 
 
 @contextmanager
-def attach(model: HookedModel, interventions: Iterable[Intervention]) -> Iterator[None]:
+def attach(model: Any, interventions: Iterable[Intervention]) -> Iterator[None]:
     """Edit the model's activations while the block runs.
 
     All is checked before the model is touched, and taken off again however the block ends. At one hook, interventions
     act in order, those of inner blocks after those of outer ones, and all of them after hooks that were there before;
     what is added later, the cache of `run_with_cache` included, sees the edited activation. `reset_hooks()` inside the
     block does not end it. Activations keep their dtype and device; `ablate` and `clamp` compute in float32 or better.
+
+    Args:
+        model: A `HookedTransformer`, a `TransformerBridge`, or a transformers model, on whose own decoder layers the
+            hooks then lie.
+        interventions: The edits.
 
     Raises:
         HookError: The model has no such hook, or an edit there would not be felt.
@@ -103,6 +109,7 @@ def attach(model: HookedModel, interventions: Iterable[Intervention]) -> Iterato
         with attach(model, [Intervention("blocks.3.hook_resid_post", direction, 4.0)]):
             print(generate(model, ["How are you?"], max_new_tokens=20)[0].text)
     """
+    model = hooked_form(model)
     plan = [(wanted, hook_point(model, wanted.hook_name, wanted.direction)) for wanted in interventions]
     if not plan:
         raise InputError("there is nothing to steer with: pass at least one vector or intervention")

@@ -13,8 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.errors import InputError
-from tl_persona.models.facts import HookedModel
-from tl_persona.steering.hook_points import check_activation, checked_direction, hook_point, hooked, unit_direction
+from tl_persona.steering.hook_points import (
+    check_activation,
+    checked_direction,
+    hook_point,
+    hooked,
+    hooked_form,
+    unit_direction,
+)
 from tl_persona.steering.positions import CacheGuard, PassTokens, PassWatch
 
 
@@ -88,14 +94,14 @@ class Monitor:
 
 @contextmanager
 def monitor(
-    model: HookedModel, directions: Mapping[str, tuple[str, Float[Tensor, "d_model"]]] | Iterable[HasDirection]
+    model: Any, directions: Mapping[str, tuple[str, Float[Tensor, "d_model"]]] | Iterable[HasDirection]
 ) -> Iterator[Monitor]:
     """Record the projection of every token on some directions, at norm 1, while the block runs.
 
     A monitor sees the edits of steering blocks it is inside of, and not those of blocks inside it.
 
     Args:
-        model: What runs in the block.
+        model: What runs in the block: a hooked model, or a transformers model, on whose own layers the hooks then lie.
         directions: A hook name and a direction for each name; or vectors, named by their behaviour, or by
             `behaviour@hook` where several share one.
 
@@ -111,6 +117,7 @@ def monitor(
     named = dict(directions) if isinstance(directions, Mapping) else _named(directions)
     if not named:
         raise InputError("there is nothing to monitor: pass at least one direction")
+    model = hooked_form(model)
     plan = []
     for name, (hook_name, direction) in named.items():
         checked = checked_direction(direction, name)

@@ -4,8 +4,9 @@
 - `native`: the wrapped model's own attention and norms.
 - `trial`: what a bridge's model takes, found by trying it.
 - `inspection`: what a booted model is.
-- `runners`: one pass of a plan, on either TransformerLens class.
 - `reference`: the transformers model that a hooked model was made from.
+- `plain`: a transformers model as it is, with forward hooks under TransformerLens's hook names.
+- `runners`: one pass of a plan, on either TransformerLens class or the model itself.
 - `verdicts`: what came of comparing, kept for other processes.
 - `check`: whether a hooked model is the transformers model.
 - `installs`: nothing is installed while a model boots.

@@ -11,15 +11,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 
 from tl_persona.backends.local import inspection
-from tl_persona.backends.local.check import checked
+from tl_persona.backends.local.check import Check, checked, remember_check
 from tl_persona.backends.local.installs import install_advice, no_processes
-from tl_persona.backends.local.reference import NoReferenceError, reference_to, twin_of
+from tl_persona.backends.local.observers import is_observed
+from tl_persona.backends.local.plain import TransformersModel, plain_model
+from tl_persona.backends.local.reference import NoReferenceError, Reference, reference_to, twin_of
 from tl_persona.backends.local.trial import mend
 from tl_persona.backends.local.watch import look_again
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
@@ -165,6 +167,22 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
     return booted
 
 
+def itself(hf_model: Any, tokenizer: Any, *, found_on: Reference | None = None) -> TransformersModel:
+    """A transformers model with hooks on its own decoder layers; there is nothing to compare it with.
+
+    Args:
+        hf_model: The model.
+        tokenizer: The checkpoint's.
+        found_on: A reference made of this model, where there is one.
+
+    Raises:
+        ModelError: Its decoder layers cannot be told.
+    """
+    model = plain_model(hf_model, tokenizer, found_on=found_on)
+    remember_check(cast(Any, model), Check(reason="it is the transformers model", itself=True))
+    return model
+
+
 def _lent(tokenizer: Any) -> Any:
     """A copy to boot with: TransformerLens gives a tokenizer a BOS and an end of text that it has not, in place."""
     lent = copy.deepcopy(tokenizer)
@@ -228,13 +246,40 @@ def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
     except NoReferenceError as error:
         raise ModelError(str(error)) from error
     # A copy, since `to_tokens` needs padding that the caller's may lack.
-    model = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
     digest = f"values:{identity_digest(hf_model)}"
-    remember_source(model, ModelSource(inspection.name_of(model), None, digest, type(hf_model).__name__))
     same_function = known is not None and known.state.parts == state.parts and known.state.settings == state.settings
-    checked(model, reference, reason, after=known.model if known is not None and same_function else None)
+    try:
+        model = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
+        _say_what_it_is(model, digest, hf_model)
+        checked(model, reference, reason, after=known.model if known is not None and same_function else None)
+    except (ModelError, MissingDependencyError) as error:
+        if reference is None:
+            raise
+        logging.getLogger("tl_persona").warning("%s. Taking the transformers model itself instead", error)
+        model = cast(Any, itself(reference.model, tokenizer, found_on=reference))
+        _say_what_it_is(model, digest, hf_model)
     _ADOPTED[hf_model] = _Adopted(state, model)
     return model
+
+
+def _say_what_it_is(model: Any, digest: str, hf_model: Any) -> None:
+    remember_source(model, ModelSource(inspection.name_of(model), None, digest, type(hf_model).__name__))
+
+
+def with_hooks(model: Any, tokenizer: Any = None) -> Any:
+    """A model that has hooks, as it is; a transformers model with hooks on its own layers, which then act on it."""
+    if hasattr(model, "hook_dict") or not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        return model
+    found = itself(model, tokenizer)
+    _say_what_it_is(found, f"values:{identity_digest(model)}", model)
+    return found
+
+
+def _writes_weights(hf_model: Any) -> bool:
+    try:
+        return Reference(hf_model, twin=False).writes_weights()
+    except NoReferenceError:
+        return False
 
 
 def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
@@ -249,7 +294,9 @@ def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
         look_again(hooked)
         return hooked
     if isinstance(model, torch.nn.Module) and hasattr(model, "config") and hasattr(model, "forward"):
-        return adopt(model, tokenizer)
+        # Hooks of anybody's act on the model that they were put on, and may keep what they see.
+        own = is_observed(model.modules()) and not _writes_weights(model)
+        return cast(HookedModel, with_hooks(model, tokenizer)) if own else adopt(model, tokenizer)
     raise InputError(
         f"a model of type {type(model).__name__} cannot be used: pass what tl_persona.load_model returns, a "
         "HookedTransformer, a TransformerBridge or a transformers model"

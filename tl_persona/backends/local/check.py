@@ -61,6 +61,7 @@ class Check:
         sites: Hooks that were compared beside the residuals after blocks.
         verdicts: Where verdicts are kept for other processes.
         reopen: Loads the reference again, for a class that keeps no weights in common with it.
+        itself: Whether the model is the transformers model, so that there is nothing to compare.
     """
 
     reference: Reference | None = None
@@ -70,6 +71,7 @@ class Check:
     sites: set[str] = field(default_factory=set)
     verdicts: VerdictFile | None = None
     reopen: Callable[[], Any] | None = None
+    itself: bool = False
 
 
 _COMPARABLE = re.compile(r"(blocks\.\d+\.)?hook_(resid_pre|resid_mid|attn_out|mlp_out|embed)")
@@ -111,6 +113,8 @@ def remember_check(model: HookedModel, check: Check) -> None:
 def check_note(model: HookedModel) -> str:
     """What is known of a hooked model, for provenance; it does not depend on which texts ran."""
     check = known_check(model)
+    if check.itself:
+        return "the transformers model itself"
     if not check.compared:
         return f"unchecked: {check.reason}"
     if check.reference is None and check.reopen is None:

@@ -6,7 +6,7 @@ taken, and the user is told.
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from tl_persona.backends.local.check import (
 from tl_persona.backends.local.reference import NoReferenceError, Reference, reference_to
 from tl_persona.backends.local.verdicts import VerdictFile
 from tl_persona.backends.local.watch import remember_loaded
-from tl_persona.errors import InputError, ModelError
+from tl_persona.errors import InputError, MissingDependencyError, ModelError
 from tl_persona.models.configs import lengths_named
 from tl_persona.models.facts import HookedModel, ModelComparison, ModelSource
 from tl_persona.models.state import identity_digest
@@ -36,7 +36,7 @@ _WORTH_COMPARING = 4096
 def opened(
     hf_model: Any,
     tokenizer: Any,
-    kind: Literal["auto", "hooked", "bridge"],
+    kind: Literal["auto", "hooked", "bridge", "transformers"],
     *,
     name: str,
     revision: str | None,
@@ -66,6 +66,8 @@ def opened(
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device or boot.default_device())
     options = {"device": device, "process_weights": process_weights}
+    if kind == "transformers":
+        return _itself(hf_model, tokenizer, source)
     if kind == "hooked" or (kind == "auto" and _may_be_hooked_transformer(hf_model)):
         try:
             verdicts = _verdicts(hf_model, source, "HookedTransformer", process_weights)
@@ -82,10 +84,24 @@ def opened(
             return model
     verdicts = _verdicts(hf_model, source, "TransformerBridge", process_weights)
     reference, reason = _reference(hf_model, verdicts) if check else (None, "check=False")
-    model = boot.bridge(hf_model, tokenizer, **options)
-    checked(model, reference, reason, verdicts=verdicts)
+    try:
+        model = boot.bridge(hf_model, tokenizer, **options)
+        checked(model, reference, reason, verdicts=verdicts)
+    except (ModelError, MissingDependencyError) as error:
+        if kind == "bridge" or process_weights:
+            raise
+        logging.getLogger("tl_persona").warning("%s. Taking the transformers model itself instead", error)
+        # Booting rewires modules: a tree that was made before has them as they were.
+        untouched = reopen() if reference is None else reference.model
+        return _itself(untouched, tokenizer, source, reference)
     remember_loaded(model, source)
     return model
+
+
+def _itself(hf_model: Any, tokenizer: Any, source: ModelSource, found_on: Reference | None = None) -> HookedModel:
+    model: Any = boot.itself(hf_model, tokenizer, found_on=found_on)
+    remember_loaded(model, source)
+    return cast(HookedModel, model)
 
 
 def _verdicts(hf_model: Any, source: ModelSource, kind: str, processed: bool) -> VerdictFile | None:

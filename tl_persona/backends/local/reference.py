@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_persona.backends.local.observers import without_hooks
+from tl_persona.backends.local.observers import evaluating, without_hooks
 from tl_persona.models.configs import lengths_named
 
 _DISCOVERY = 3
@@ -42,17 +42,20 @@ class Reference:
     Args:
         hf_model: The model; it is neither changed nor run.
         own_weights: Whether it gets a copy of the weights, for a model that writes into them.
+        twin: Whether it gets a module tree of its own; without, it is the model itself, which then runs.
 
     Raises:
         NoReferenceError: Its module tree cannot be copied.
     """
 
-    def __init__(self, hf_model: Any, *, own_weights: bool = False) -> None:
+    def __init__(self, hf_model: Any, *, own_weights: bool = False, twin: bool = True) -> None:
         self.name = type(hf_model).__name__
         self.owns_weights = own_weights
-        self.model = twin_of(hf_model, own_weights=own_weights).eval()  # modes are of modules, which are its own
+        # Modes are of modules, which are its own.
+        self.model = twin_of(hf_model, own_weights=own_weights).eval() if twin else hf_model
         self.lengths = tuple(sorted(set(lengths_named(hf_model.config.to_dict()))))
         self._layers: Sequence[torch.nn.Module] = ()
+        self._path, self._width = "", 0
 
     @property
     def vocabulary(self) -> int:
@@ -76,6 +79,20 @@ class Reference:
             return True
         return False
 
+    def decoder_layers(self) -> tuple[str, int]:
+        """Where in the module tree the list of decoder layers is, and the width of the stream between them.
+
+        Raises:
+            NoReferenceError: It cannot be run on token ids alone, its decoder layers cannot be told, or it writes into
+                its weights.
+        """
+        if not self._layers:
+            try:
+                self._find_layers()
+            except _WroteWeightsError as error:
+                raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
+        return self._path, self._width
+
     def residuals(self, ids: Int[Tensor, "row pos"], positions: Sequence[int]) -> Float[Tensor, "layer chosen d_model"]:
         """What the layers gave for the first row, at these positions, in float64 on the CPU.
 
@@ -83,9 +100,8 @@ class Reference:
             NoReferenceError: It cannot be run on token ids alone, its decoder layers cannot be told, or it writes into
                 its weights.
         """
+        self.decoder_layers()
         try:
-            if not self._layers:
-                self._find_layers()
             marked = [(layer, number) for number, layer in enumerate(self._layers)]
             with self._watching(marked, torch.tensor(list(positions))) as seen:
                 self._run(ids)
@@ -134,17 +150,21 @@ class Reference:
         with self._watching(marked, torch.arange(_DISCOVERY)) as seen:
             self._run(torch.arange(1, 1 + _DISCOVERY)[None] % self.vocabulary)
         found = [
-            module for path, module in lists if _is_stream([seen.get((path, number)) for number in range(len(module))])
+            (path, module)
+            for path, module in lists
+            if _is_stream([seen.get((path, number)) for number in range(len(module))])
         ]
         if not found:
             raise NoReferenceError(f"the decoder layers of {self.name} cannot be told by running it")
-        self._layers = list(max(found, key=lambda layers: len(list(layers))))
+        self._path, layers = max(found, key=lambda each: len(each[1]))
+        self._layers, self._width = list(layers), int(seen[self._path, 0][1].shape[-1])
 
     def _run(self, ids: Int[Tensor, "row pos"]) -> None:
         device = self.model.get_input_embeddings().weight.device
         try:
             guard = nullcontext() if self.owns_weights else _Guard(self.model)
-            with torch.no_grad(), without_hooks(self.model.modules()), self._without_logits(), guard:
+            modules = list(self.model.modules())
+            with torch.no_grad(), evaluating(modules), without_hooks(modules), self._without_logits(), guard:
                 self.model(ids.to(device), use_cache=False)
         except _NoLogitsError:
             return
@@ -182,9 +202,9 @@ class Reference:
         for module, mark in marked:
 
             def look(_module: Any, args: Any, kwargs: Any, output: Any, mark: Any = mark) -> None:
-                taken = next((value for value in (*args, *kwargs.values()) if _is_activation(value)), None)
+                taken = next((value for value in (*args, *kwargs.values()) if is_activation(value)), None)
                 given = output[0] if isinstance(output, tuple | list) and output else output
-                if taken is not None and _is_activation(given) and taken.shape == given.shape:
+                if taken is not None and is_activation(given) and taken.shape == given.shape:
                     seen[mark] = _picked(taken, positions), _picked(given, positions)
 
             handles.append(module.register_forward_hook(look, with_kwargs=True))
@@ -251,7 +271,8 @@ def _storages(tensor: Tensor) -> Iterator[int]:
         return
 
 
-def _is_activation(value: Any) -> bool:
+def is_activation(value: Any) -> bool:
+    """Whether a value may be a stream of shape (batch, pos, d_model)."""
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
@@ -260,10 +281,18 @@ def _picked(activation: Tensor, positions: Int[Tensor, "pos"]) -> Tensor:
 
 
 def _is_stream(seen: Sequence[tuple[Tensor, Tensor] | None]) -> bool:
-    """Whether every one was run, and took what the one before it gave; a few may be handed it rescaled (RWKV)."""
+    """Whether every one was run, and nearly every one took what the one before it gave."""
     ran = [pair for pair in seen if pair is not None]
-    follows = [torch.equal(above[1], below[0]) for above, below in pairwise(ran)]
+    follows = [_goes_on(above[1], below[0]) for above, below in pairwise(ran)]
     return len(ran) == len(seen) and sum(follows) >= 0.8 * len(follows)
+
+
+def _goes_on(given: Tensor, taken: Tensor) -> bool:
+    """Whether one stream is the other, or a multiple of it: RWKV halves it every few layers."""
+    if torch.equal(given, taken):
+        return True
+    ratio = taken.norm() / given.norm().clamp_min(torch.finfo(given.dtype).tiny)
+    return torch.allclose(given * ratio, taken, rtol=1e-6, atol=0)
 
 
 def _special_ids(settings: Any) -> Iterator[int]:

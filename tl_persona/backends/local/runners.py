@@ -1,4 +1,4 @@
-"""Runs one pass of a plan through `run_with_cache`, on either TransformerLens class.
+"""Runs one pass of a plan through `run_with_cache`, on either TransformerLens class or a transformers model itself.
 
 The classes differ in how a prefix's keys and values are continued and in what they must be kept from computing; that
 difference is all that is here.
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_persona.backends.local.native import NativeParts, native_parts
+from tl_persona.backends.local.plain import TransformersModel
 from tl_persona.backends.local.trial import Trial, additive, known_trial, new_cache, trial_of
 from tl_persona.errors import HookError, InputError
 from tl_persona.models.facts import HookedModel
@@ -67,6 +68,8 @@ class Runner(Protocol):
 
 def runners_for(model: HookedModel) -> list[Runner]:
     """The runners that fit the model's class, the fastest first; the last one takes no shortcut within a pass."""
+    if isinstance(model, TransformersModel):
+        return [BridgeRunner(model)]
     if hasattr(model, "original_model"):
         return [FusedBridgeRunner(model), BridgeRunner(model)]
     return [HookedRunner(model)]
@@ -129,7 +132,10 @@ def _expanded(cache: Any, n_rows: int) -> Any:
 
 
 class BridgeRunner:
-    """Passes on a `TransformerBridge`, through the Hugging Face cache and masks of the model it wraps."""
+    """Passes on a `TransformerBridge`, through the Hugging Face cache and masks of the model it wraps.
+
+    Or on that model itself, under the same hook names.
+    """
 
     sharing = Sharing.PACKED
     attention = "stepwise"

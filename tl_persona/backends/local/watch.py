@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from tl_persona.backends.local import check, proof, trial
 from tl_persona.backends.local.inspection import name_of
+from tl_persona.backends.local.plain import TransformersModel
 from tl_persona.models.facts import HookedModel, ModelSource, remember_source, source_of
 from tl_persona.models.state import ModelState, digest_beside, identity_digest, state_of
 
@@ -69,6 +70,8 @@ def _state(model: Any) -> ModelState:
 def _digest(model: Any, reference: Any) -> str:
     """The digest of a model's values: over those of the transformers model where all else is as it was loaded."""
     loaded = _AS_LOADED.get(model)
+    if isinstance(model, TransformersModel):
+        return f"values:{identity_digest(model.original_model)}"
     if reference is not None and loaded is not None and digest_beside(model, reference.model) == loaded.beside:
         return f"values:{identity_digest(reference.model)}"
     return f"{type(model).__name__} values:{identity_digest(model)}"
