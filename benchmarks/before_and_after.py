@@ -1,8 +1,10 @@
-"""Two commits, or one commit on two sets of releases, in turn: CPU seconds of the same persona extraction.
+"""Two commits, sets of releases or kinds of model, in turn: CPU seconds of the same persona extraction.
 
     git worktree add /tmp/before COMMIT
     pip install --no-deps --target /tmp/older transformers==5.23.0
     python benchmarks/before_and_after.py --before /tmp/before:/tmp/older --pairs 20
+
+    python benchmarks/before_and_after.py --before-kind bridge --kind transformers
 
 Each side loads the model once in a process of its own; then they take turns, so that a machine that slows down slows
 both. `--load` counts loading and the first run together, from a fresh model each time, and `--first` the first run
@@ -23,11 +25,12 @@ from tl_persona.models.checkpoints import find_checkpoint, load_tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--before", required=True, help="folders that come first on the path of the one side")
+    parser.add_argument("--before", default="", help="folders that come first on the path of the one side")
     parser.add_argument("--after", default="", help="the same of the other; the default is this checkout")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--kind", default="bridge")
+    parser.add_argument("--before-kind", help="of the side before, where it is another")
     parser.add_argument("--load", action="store_true", help="count loading and the first run together")
     parser.add_argument("--first", action="store_true", help="count the first run of a model that is opened anew")
     chosen = parser.parse_args()
@@ -36,7 +39,8 @@ def main() -> None:
         torch.save({"ids": inputs.ids, "masks": inputs.masks}, f"{folder}/inputs.pt")
 
         def ask(worker: Worker, name: str, **more: bool) -> dict[str, float]:
-            return worker.ask(inputs=f"{folder}/inputs.pt", output=f"{folder}/{name}.pt", kind=chosen.kind, **more)
+            kind = (chosen.before_kind or chosen.kind) if name == "before" else chosen.kind
+            return worker.ask(inputs=f"{folder}/inputs.pt", output=f"{folder}/{name}.pt", kind=kind, **more)
 
         paths = {"before": chosen.before, "after": chosen.after}
         workers = {}
@@ -50,7 +54,8 @@ def main() -> None:
             assert error < 1e-5, f"the two sides give other vectors: {error:.1e}"
             way = {"load": True} if chosen.load else {"first": True} if chosen.first else {}
             rounds = [{name: ask(worker, name, **way) for name, worker in workers.items()} for _ in range(chosen.pairs)]
-    print(f"{chosen.kind}, {len(inputs.ids)} questions, {chosen.pairs} pairs, vectors within {error:.1e}")
+    kinds = " and ".join(dict.fromkeys([chosen.before_kind or chosen.kind, chosen.kind]))
+    print(f"{kinds}, {len(inputs.ids)} questions, {chosen.pairs} pairs, vectors within {error:.1e}")
     for what in ("cpu", "seconds"):
         sides = {name: [each[name][what] for each in rounds] for name in workers}
         ratio = statistics.median(each["after"][what] / each["before"][what] for each in rounds)

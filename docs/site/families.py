@@ -38,7 +38,9 @@ def _row(name: str, seen: dict[str, Any]) -> list[str]:
 def _reason(message: str) -> str:
     """The part of an error that is about this model."""
     found = re.search(
-        r"\((\w*Error: .*?)\): try|: (blocks\.\d+\.\w+ differs by [\d.e-]+) of|(has no hook \S+):", message
+        r"\((\w*Error: .*?)\): try|: (blocks\.\d+\.\w+ differs by [\d.e-]+) of|(has no hook \S+):|"
+        "plain transformers: (.*)",
+        message,
     )
     return message if found is None else next(part for part in found.groups() if part)
 
