@@ -37,9 +37,9 @@ KNOWN: dict[str, str] = {}
 
 HALF_KNOWN = {
     **dict.fromkeys(("olmo", "olmo2", "olmo3", "flex-olmo"), "TransformerLens multiplies float32 by bfloat16"),
-    **dict.fromkeys(("mixtral", "qwen3 experts", "glm sparse"), "roundings send tokens to other experts, or keys"),
+    **dict.fromkeys(("mixtral", "qwen3 experts"), "roundings send tokens to other experts"),
 }
-"""Decoders that are refused in half precision, with the reason."""
+"""Decoders that have no bridge in half precision, with the reason."""
 
 NOT_ONE_STREAM = tuple(name for name, record in DECODERS.items() if record.config in SEVERAL_STREAMS)
 
