@@ -1,7 +1,6 @@
 """A hooked model is the transformers model, or it is not used: compared at first use, and where texts grow longer."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -28,15 +27,6 @@ pytestmark = pytest.mark.tl
 
 
 @pytest.fixture
-def wrong_gpt2(tmp_path: Path) -> Path:
-    """A configuration that a TransformerBridge does not read: scores are not scaled."""
-    folder = build_tiny("gpt2", tmp_path / "unscaled")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"scale_attn_weights": False}))
-    return folder
-
-
-@pytest.fixture
 def windowed(tmp_path: Path) -> Path:
     """Qwen 2 with a sliding window of 600 tokens in some layers, past what is compared at loading."""
     folder = build_tiny("llama", tmp_path / "checkpoint")
@@ -50,17 +40,17 @@ def windowed(tmp_path: Path) -> Path:
 # --- on loading ----------------------------------------------------------------------------------------------------
 
 
-def test_an_asked_for_class_that_differs_is_refused_with_block_size_and_release(wrong_gpt2: Path) -> None:
+def test_an_asked_for_class_that_differs_is_refused_with_block_size_and_release(unscaled_gpt2: Path) -> None:
     release = transformers.__version__.replace(".", r"\.")
     with pytest.raises(ModelMismatchError, match=rf"{release}: blocks\.\d\.hook_resid_post differs by 0\.\d+"):
-        load_model(wrong_gpt2, kind="bridge")
+        load_model(unscaled_gpt2, kind="bridge")
 
 
 def test_a_transformers_model_whose_bridge_differs_is_run_as_it_is(
-    wrong_gpt2: Path, caplog: pytest.LogCaptureFixture
+    unscaled_gpt2: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hf_model = transformers.AutoModelForCausalLM.from_pretrained(wrong_gpt2).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(wrong_gpt2)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(unscaled_gpt2).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(unscaled_gpt2)
     assert open_backend(hf_model, tokenizer=tokenizer).facts.kind == "TransformersModel"
     assert "the TransformerBridge of GPT2LMHeadModel" in caplog.text
     assert "Taking the transformers model itself instead" in caplog.text
@@ -69,8 +59,8 @@ def test_a_transformers_model_whose_bridge_differs_is_run_as_it_is(
     assert len(caplog.records) == said, "told, and made, once"
 
 
-def test_without_a_check_it_is_used_and_what_is_saved_says_so(wrong_gpt2: Path) -> None:
-    model = load_model(wrong_gpt2, kind="bridge", check=False)
+def test_without_a_check_it_is_used_and_what_is_saved_says_so(unscaled_gpt2: Path) -> None:
+    model = load_model(unscaled_gpt2, kind="bridge", check=False)
     _, notes = pool(model, persona())
     assert notes["check"] == "unchecked: check=False"
 

@@ -1,6 +1,5 @@
 """A transformers model itself, under TransformerLens's hook names: the same numbers, edits and texts as any other."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import transformers
 from kinds import ALL_LAYERS
 from oracle import block_outputs, oracle_means, relative_error
 from sharing import pairs, persona, pool
-from tiny import D_MODEL, FAMILIES, N_LAYERS, build_tiny
+from tiny import D_MODEL, FAMILIES, N_LAYERS
 from torch import Tensor
 
 from tl_persona import extract_caa_vectors, generate, load_model
@@ -183,25 +182,16 @@ def test_what_a_callers_hook_records_stays_with_it(
 # --- where TransformerLens has none --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unscaled(tmp_path: Path) -> Path:
-    """A configuration of GPT-2 that a TransformerBridge does not read."""
-    folder = build_tiny("gpt2", tmp_path / "unscaled")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"scale_attn_weights": False}))
-    return folder
-
-
 def test_a_model_whose_hooked_classes_differ_is_taken_as_it_is_and_the_user_told(
-    unscaled: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    unscaled_gpt2: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of this configuration a HookedTransformer is right, where there is one.
     monkeypatch.setattr("tl_persona.backends.local.boot.hooked_transformer_supports", lambda _hf_model: False)
     with caplog.at_level(logging.WARNING):
-        model = load_model(unscaled)
+        model = load_model(unscaled_gpt2)
     assert isinstance(model, TransformersModel)
     assert "is another function" in caplog.text and "Taking the transformers model itself" in caplog.text
-    hf_model = transformers.AutoModelForCausalLM.from_pretrained(unscaled).eval()
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(unscaled_gpt2).eval()
     means, _ = pool(model, persona())
     for found, sample in zip(means, persona(), strict=True):
         assert relative_error(found, oracle_means(hf_model, sample)) < 1e-5

@@ -245,10 +245,10 @@ def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
         twin = twin_of(hf_model, own_weights=reference is not None and reference.owns_weights)
     except NoReferenceError as error:
         raise ModelError(str(error)) from error
-    # A copy, since `to_tokens` needs padding that the caller's may lack.
     digest = f"values:{identity_digest(hf_model)}"
     same_function = known is not None and known.state.parts == state.parts and known.state.settings == state.settings
     try:
+        # A copy, since `to_tokens` needs padding that the caller's may lack.
         model = bridge(twin, copy.deepcopy(tokenizer), device=hf_model.device)
         _say_what_it_is(model, digest, hf_model)
         checked(model, reference, reason, after=known.model if known is not None and same_function else None)

@@ -267,7 +267,7 @@ def _storages(tensor: Tensor) -> Iterator[int]:
     """The storage of a tensor, as torch knows it; none for a tensor that has none of its own."""
     try:
         yield tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return
 
 
