@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,17 @@ def tiny_gpt2(tiny_model: Callable[[str], Path]) -> Path:
 def tiny_gemma(tiny_model: Callable[[str], Path]) -> Path:
     """Gemma-2-like, norms before and after, capped scores; a template without a system role, with a rendered BOS."""
     return tiny_model("gemma")
+
+
+@pytest.fixture
+def unscaled_gpt2(tmp_path: Path) -> Path:
+    """A configuration that a TransformerBridge does not read: scores are not scaled."""
+    from tiny import build_tiny
+
+    folder = build_tiny("gpt2", tmp_path / "unscaled")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"scale_attn_weights": False}))
+    return folder
 
 
 @pytest.fixture(scope="session")
