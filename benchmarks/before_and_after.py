@@ -33,8 +33,12 @@ def main() -> None:
     parser.add_argument("--before-kind", help="of the side before, where it is another")
     parser.add_argument("--load", action="store_true", help="count loading and the first run together")
     parser.add_argument("--first", action="store_true", help="count the first run of a model that is opened anew")
+    parser.add_argument("--unshared", action="store_true", help="begin each text with another token: nothing is shared")
     chosen = parser.parse_args()
     inputs = long_persona_inputs(load_tokenizer(find_checkpoint("smollm2")), chosen.questions)
+    if chosen.unshared:
+        for token, ids in enumerate(inputs.ids, start=1000):
+            ids[0] = token
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"ids": inputs.ids, "masks": inputs.masks}, f"{folder}/inputs.pt")
 

@@ -252,7 +252,7 @@ def _provenance(
     return Provenance(
         model_name=model_name or facts.name,
         revision=facts.revision,
-        dtype=facts.dtype,
+        dtype=facts.held_in,
         weights=facts.weights,
         hook_names=hook_names,
         strategy=str(token_position),

@@ -209,7 +209,7 @@ def strategy_provenance(
     return provenance_of(
         model_name=model_name,
         revision=facts.revision,
-        dtype=facts.dtype,
+        dtype=facts.held_in,
         weights=facts.weights,
         hook_names=hook_names,
         strategy=str(strategy),

@@ -134,7 +134,7 @@ def _ids(place: int, prompt: GenerationPrompt, tokenizer: Any, template_kwargs: 
 
 
 def _check(place: int, ids: Tensor, max_new_tokens: int, backend: Any) -> None:
-    n_ctx, vocabulary = backend.facts.n_ctx, int(backend.model.cfg.d_vocab)
+    n_ctx, vocabulary = backend.facts.n_ctx, backend.vocabulary
     if not len(ids):
         raise InputError(f"prompt {place} has no token")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:

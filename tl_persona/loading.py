@@ -67,7 +67,8 @@ def load_model(
         kind: `"hooked"` is a HookedTransformer (TransformerLens 3.x only), `"bridge"` a TransformerBridge, `"auto"`
             the first where it exists for the model and equals it, the second otherwise, and for a model with windows,
             chunks or scaled rotary positions beyond 512 tokens; `"transformers"` is the transformers model itself under
-            the same hook names, which `"auto"` goes on to where neither class is to be had, with a warning; `"remote"`
+            the same hook names, which `"auto"` goes on to where neither class is to be had or weights are kept in
+            memory or on disk, with a warning; `"remote"`
             has configuration and tokenizer only, and what is done with it runs on an NDIF server (see
             `docs/how-to/run-on-ndif.md`).
         dtype: A torch dtype or its name; None keeps the checkpoint's own (float32 for GGUF).
@@ -76,7 +77,7 @@ def load_model(
         process_weights: True applies TransformerLens's default processing (folded layer norm, centred weights), whose
             residuals differ from the model's own on purpose; recorded in the provenance of what is extracted.
         trust_remote_code: Passed to transformers.
-        device_map: Spread the model over devices with accelerate (not with `"hooked"`).
+        device_map: Spread the model over devices, memory and disk with accelerate (not with `"hooked"`).
         check: False uses the hooked model without comparing its residuals with the transformers model's first, and says
             so in the provenance of what is extracted.
         host: Address of the server (remote only); None takes `NDIF_HOST`, or NDIF's own. The key is `NDIF_API_KEY`.

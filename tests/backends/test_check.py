@@ -19,7 +19,7 @@ from tiny import SIZES, build_tiny
 
 from tl_persona import check_model, load_model
 from tl_persona.backends import open_backend
-from tl_persona.backends.local import boot, check
+from tl_persona.backends.local import boot, check, reference, sums
 from tl_persona.errors import InputError, ModelError, ModelMismatchError
 from tl_persona.models.facts import source_of
 
@@ -181,8 +181,8 @@ import sys
 from tl_persona import load_model
 from tl_persona.backends.local import check, reference
 ran = []
-run = reference.Reference._run
-reference.Reference._run = lambda self, ids: (ran.append(ids.shape), run(self, ids))
+run = reference.Reference.run
+reference.Reference.run = lambda self, ids: (ran.append(ids.shape), run(self, ids))
 model = load_model(sys.argv[1], kind=sys.argv[2])
 print(len(ran), check.check_note(model))
 """
@@ -337,14 +337,16 @@ def test_a_hook_inside_a_block_is_compared_when_it_is_first_asked_for(
     name: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = []
-    compare = check.site_differences
+    compare, add_up = check.site_differences, sums.captured
     monkeypatch.setattr(check, "site_differences", lambda *a: compared.append(a[3]) or compare(*a))
+    monkeypatch.setattr(sums, "captured", lambda *a: compared.append(a[2]) or add_up(*a))
     model = load_model(tiny_llama, kind="bridge")
     pool(model, persona())
     assert not compared
     pool(model, persona(), hook_of_block(name))
     pool(model, persona(), hook_of_block(name))
-    assert compared == [hook_of_block(name)]
+    (names,) = compared
+    assert f"blocks.1.{name}" in names
 
 
 @pytest.fixture
@@ -357,9 +359,25 @@ def granite(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_hook_that_stands_for_no_value_in_transformers_is_refused_and_the_others_are_not(granite: Path) -> None:
-    model = load_model(granite, kind="bridge")
+def test_what_a_bridge_multiplies_before_its_hook_is_what_is_added(granite: Path) -> None:
+    names = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
+    bridged, _ = pool(load_model(granite, kind="bridge"), persona(), names)
+    itself, _ = pool(load_model(granite, kind="transformers"), persona(), names)
+    for one, other in zip(bridged, itself, strict=True):
+        assert relative_error(one, other) < 1e-5
+        assert relative_error(one[:, :3].sum(dim=1), one[:, 3]) < 1e-5
+
+
+def test_a_hook_that_stands_for_no_value_in_transformers_is_refused_and_the_others_are_not(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inside = load_model(tiny_llama, kind="bridge"), reference.Reference.values_inside
+
+    def other_values(*asked: Any) -> Any:
+        return {layer: [0.99 * value for value in values] for layer, values in inside(*asked).items()}
+
+    monkeypatch.setattr(reference.Reference, "values_inside", other_values)
     pool(model, persona())
-    pool(model, persona(), hook_of_block("hook_resid_mid"))
-    with pytest.raises(ModelMismatchError, match=r"blocks\.1\.hook_attn_out differs by 0\.5"):
-        pool(model, persona(), hook_of_block("hook_attn_out"))
+    with pytest.raises(ModelMismatchError, match=r"blocks\.1\.hook_resid_mid differs by 0\.01"):
+        pool(model, persona(), hook_of_block("hook_resid_mid"))
+    pool(model, persona(), hook_of_block("hook_mlp_out"))

@@ -95,8 +95,8 @@ def test_no_block_runs_that_is_not_needed(tiny_llama: Path) -> None:
 
 def test_a_hook_that_is_not_there_is_refused_with_what_is(tiny_llama: Path) -> None:
     model: Any = load_model(tiny_llama, kind="transformers")
-    with pytest.raises(HookError, match=r"no hook 'blocks\.0\.hook_mlp_out'.*resid_pre and resid_post"):
-        model.run_with_cache(torch.arange(3)[None], names_filter=["blocks.0.hook_mlp_out"])
+    with pytest.raises(HookError, match=r"no hook 'blocks\.0\.hook_q'.*: it has resid_pre, attn_out, resid_mid"):
+        model.run_with_cache(torch.arange(3)[None], names_filter=["blocks.0.hook_q"])
     with pytest.raises(HookError):
         open_backend(model).pool(open_backend(model).plan(persona()), ["blocks.0.attn.hook_z"]).__next__()
 
@@ -202,6 +202,9 @@ def test_a_model_whose_hooked_classes_differ_is_taken_as_it_is_and_the_user_told
 def test_a_compiled_model_is_taken_as_it_was_before(fresh_hf: Callable[[str], Any]) -> None:
     model = fresh_hf("llama")
     assert plain_model(torch.compile(model), None).original_model is model
+    backend = open_backend(torch.compile(model))
+    (means,) = (each.means for each in backend.pool(backend.plan(persona()[:1]), ALL_LAYERS))
+    assert relative_error(means, oracle_means(model, persona()[0])) < 1e-5
 
 
 def test_what_has_no_decoder_layers_is_refused() -> None:

@@ -22,9 +22,12 @@ _SIZES = dict(
     vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512,
 )  # fmt: skip
+_FALCON = {name: _SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 FURTHER: dict[str, Callable[[], Any]] = {
     "gemma-1": lambda: transformers.GemmaConfig(**_SIZES, head_dim=8),
     "qwen2": lambda: transformers.Qwen2Config(**_SIZES),
+    "falcon": lambda: transformers.FalconConfig(**_FALCON),
+    "falcon alibi": lambda: transformers.FalconConfig(**_FALCON, alibi=True, parallel_attn=False),
     "neox": lambda: transformers.GPTNeoXConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
     ),
@@ -70,6 +73,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[st
         ("gpt2", INSIDE),
         ("neox", INSIDE - {"hook_resid_mid"}),
         ("bloom", set()),
+        ("falcon", set()),
+        ("falcon alibi", set()),
     ],
 )
 def test_every_hook_of_a_family_is_that_of_transformer_lens(
@@ -81,12 +86,18 @@ def test_every_hook_of_a_family_is_that_of_transformer_lens(
     here = open_backend(TransformersModel(weights, tokenizer=copy.deepcopy(tokenizer), task="text-generation"))
     hooks = list(here.facts.hook_names)
     assert {name.rpartition(".")[2] for name in hooks} == inside | {"hook_resid_pre", "hook_resid_post"}
-    lens = open_backend(load_model(folder, kind="bridge"))
+    # A bridge of Falcon with ALiBi is another function.
+    lens = open_backend(load_model(folder, kind="transformers" if family == "falcon alibi" else "bridge"))
     texts = samples()
     expected = {each.sample: each.means for each in lens.pool(lens.plan(texts), hooks)}
     for index, means, _ in here.pool(here.plan(texts), hooks):
         for mine, theirs in zip(means, expected[index], strict=True):
             assert relative_error(mine, theirs) < 1e-5
+        if inside:  # a mean of sums is the sum of means
+            for block in range(3):
+                names = [f"blocks.{block}.hook_{part}" for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+                before, attention, mlp, after = (means[:, hooks.index(name)] for name in names)
+                assert relative_error(before + attention + mlp, after) < 1e-5
 
 
 def test_a_model_whose_blocks_are_elsewhere_is_refused() -> None:

@@ -27,7 +27,7 @@ from tl_persona.backends.local import backend as local_backend
 from tl_persona.backends.local import proof
 from tl_persona.backends.local import runners as passes
 from tl_persona.backends.local.pooling import PoolingRun
-from tl_persona.errors import HookError, NonFiniteError
+from tl_persona.errors import HookError, ModelError, NonFiniteError
 from tl_persona.plan import Plan, Sample, Sharing, make_plan
 from tl_persona.plan import rows as rows_module
 from tl_persona.plan.rows import Pass
@@ -329,7 +329,7 @@ def test_the_model_is_as_it_was_after_a_pass_that_failed(tiny_hooked: Boot) -> N
         raise RuntimeError("the block failed")
 
     handle = model.blocks[1].mlp.register_forward_pre_hook(looking_on(fail))
-    with pytest.raises(RuntimeError, match="the block failed"):
+    with pytest.raises(ModelError, match="the block failed"):
         pool(model, samples)
     handle.remove()
     assert calls == ["sdpa"] and state_of(model) == before

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
-from decoders import DECODERS, Decoder, build_decoder, load_decoder, texts
+from decoders import EVERY, Decoder, build_decoder, load_decoder, texts
 from oracle import block_outputs
 from torch import Tensor
 
@@ -51,10 +51,10 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SavedDe
         try:
             folder = build_decoder(name, tmp_path_factory.mktemp("decoder"))
             plain = load_decoder(folder)
-            expected = [block_outputs(plain, ids, DECODERS[name].layers) for ids in texts()]
+            expected = [block_outputs(plain, ids, EVERY[name].layers) for ids in texts()]
         except Exception as error:  # an old release may lack a class, a setting, or what they need
             return error
-        return SavedDecoder(DECODERS[name], folder, list(texts()), expected)
+        return SavedDecoder(EVERY[name], folder, list(texts()), expected)
 
     def decoder_of(name: str) -> SavedDecoder:
         found = saved(name)

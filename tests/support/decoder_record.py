@@ -30,6 +30,7 @@ class Decoder:
         wrong: For a class and the release of TransformerLens (`hooked 3.9`, `bridge 4.3`) the largest error of a
             residual, relative to its norm, on `texts()`. What is not named here was right.
         missing: Classes that TransformerLens cannot make, or that do not run, named in the same way.
+        unreadable: Why its blocks have no one residual stream, so that it is refused as what it is, too.
     """
 
     config: str
@@ -37,19 +38,26 @@ class Decoder:
     layers: str = "model.layers"
     wrong: Mapping[str, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    unreadable: str = ""
 
     def make(self) -> Any:
         """A transformers model, in evaluation mode, with random weights that are the same every time."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             config = getattr(transformers, self.config)(**self.settings)
-            model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+            model = auto_class(config).from_config(config).float().eval()
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.copy_(_STD * torch.randn_like(parameter))
                 else:  # norms and biases lie at 1 and 0, where a missing one would go unnoticed
                     parameter.add_(0.1 * torch.randn_like(parameter))
         return model
+
+
+def auto_class(config: Any) -> Any:
+    """Of transformers, that which makes a model of a configuration: one that takes pictures has a class of its own."""
+    causal = transformers.AutoModelForCausalLM
+    return causal if type(config) in causal._model_mapping else transformers.AutoModelForImageTextToText
 
 
 NO_HOOKED = ("hooked 3.9",)

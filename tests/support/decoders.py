@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 from decoder_record import Decoder as Decoder
+from decoder_record import auto_class
 from decoders_attending import ATTENDING
+from decoders_further import FURTHER
 from decoders_mixed import MIXED
 from tiny import FAMILIES, VOCAB_SIZE, ask_for_plain_attention, build_tokenizer
 from torch import Tensor
@@ -20,22 +22,26 @@ from torch import Tensor
 DECODERS: dict[str, Decoder] = {**ATTENDING, **MIXED}
 """Those that attend to every token that they may, each in the same way; and experts, latent attention, recurrences."""
 
+EVERY: dict[str, Decoder] = {**DECODERS, **FURTHER}
+"""Those, and what else transformers makes a causal model of."""
+
 
 def build_decoder(name: str, folder: Path) -> Path:
     """Write a decoder and a ChatML tokenizer to `folder`, as any checkpoint would be, and return the folder.
 
     TransformerLens 3.x guesses the architecture from words in a path ("llama", "gemma"), so name it something else.
     """
-    DECODERS[name].make().save_pretrained(folder)
+    EVERY[name].make().save_pretrained(folder)
     build_tokenizer(FAMILIES["llama"]).save_pretrained(folder)
-    if DECODERS[name].config == "Gemma2Config":
+    if EVERY[name].config == "Gemma2Config":
         ask_for_plain_attention(folder / "config.json")
     return folder
 
 
 def load_decoder(folder: Path) -> Any:
     """The transformers model of a folder, in float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = auto_class(transformers.AutoConfig.from_pretrained(folder))
+    return found.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def texts() -> Sequence[Tensor]:

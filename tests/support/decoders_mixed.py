@@ -21,7 +21,7 @@ from decoder_record import (
 )
 from tiny import VOCAB_SIZE
 
-_LATENT = {
+LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -29,10 +29,10 @@ _LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
-_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
-_ROUTED_LATER = _ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
-_DEEPSEEK3 = _LATENT | _ROUTED | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-_LINEAR_AROUND = {
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+_ROUTED_LATER = ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_DEEPSEEK3 = LATENT | ROUTED | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+LINEAR_AROUND = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -47,15 +47,15 @@ _MAMBA2 = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
-_GEMMA4 = {
+GEMMA4 = {
     "head_dim": 4,
     "global_head_dim": 4,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB_SIZE,
 }
-_GEMMA4 |= WINDOWS_AROUND
-_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-_VISION |= {"image_size": 28, "patch_size": 14}
+GEMMA4 |= WINDOWS_AROUND
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
 _NEWER = ("hooked 3.9", "bridge 3.9")
 """Missing in TransformerLens 3.9, where transformers is this new."""
 
@@ -68,7 +68,7 @@ MIXED: dict[str, Decoder] = {
     "qwen2 experts": bridged("Qwen2MoeConfig", shared_expert_intermediate_size=16, **EXPERTS),
     "qwen3 experts": bridged("Qwen3MoeConfig", head_dim=8, **EXPERTS),
     "qwen3 experts windows": bridged("Qwen3MoeConfig", head_dim=8, **LATER_WINDOWS, **EXPERTS),
-    "glm4 experts": bridged("Glm4MoeConfig", head_dim=8, use_qk_norm=True, first_k_dense_replace=1, **_ROUTED),
+    "glm4 experts": bridged("Glm4MoeConfig", head_dim=8, use_qk_norm=True, first_k_dense_replace=1, **ROUTED),
     "granite experts": bridged(
         "GraniteMoeConfig",
         embedding_multiplier=3.0,
@@ -97,15 +97,17 @@ MIXED: dict[str, Decoder] = {
         rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
         **_DEEPSEEK3,
     ),
-    "deepseek2": bridged("DeepseekV2Config", {"bridge 3.9": 1.8}, first_k_dense_replace=1, **_LATENT, **_ROUTED),
-    "youtu": bridged("YoutuConfig", {"bridge 3.9": 1.5}, **_LATENT),
-    "youtu yarn": bridged("YoutuConfig", {"bridge 3.9": 1.5}, rope_parameters=YARN, **_LATENT),
-    "glm4 lite": bridged("Glm4MoeLiteConfig", {"bridge 3.9": 1.6}, **_LATENT, **_ROUTED_LATER),
+    "deepseek2": bridged("DeepseekV2Config", {"bridge 3.9": 1.8}, first_k_dense_replace=1, **LATENT, **ROUTED),
+    "youtu": bridged("YoutuConfig", {"bridge 3.9": 1.5}, **LATENT),
+    "youtu yarn": bridged("YoutuConfig", {"bridge 3.9": 1.5}, rope_parameters=YARN, **LATENT),
+    "glm4 lite": bridged("Glm4MoeLiteConfig", {"bridge 3.9": 1.6}, **LATENT, **_ROUTED_LATER),
     # sparse attention: some of the keys, by what they are
     "glm sparse": bridged(
-        "GlmMoeDsaConfig", index_topk=WINDOW, index_head_dim=8, index_n_heads=2, **_LATENT, **_ROUTED_LATER
+        "GlmMoeDsaConfig", index_topk=WINDOW, index_head_dim=8, index_n_heads=2, **LATENT, **_ROUTED_LATER
     ),
-    "deepseek4": bridged("DeepseekV4Config", missing=NO_BRIDGE, head_dim=8),
+    "deepseek4": Decoder(
+        "DeepseekV4Config", BASE | {"head_dim": 8}, missing=NO_BRIDGE, unreadable="several streams, side by side"
+    ),
     # convolutions, recurrences, and both beside attention
     "mamba": Decoder("MambaConfig", FEW | {"state_size": 8}, "backbone.layers", missing=NO_HOOKED),
     "mamba2": Decoder(
@@ -142,19 +144,19 @@ MIXED: dict[str, Decoder] = {
         missing=_NEWER,
         head_dim=8,
         shared_expert_intermediate_size=16,
-        **_LINEAR_AROUND,
+        **LINEAR_AROUND,
         **EXPERTS,
     ),
-    "qwen3.5": bridged("Qwen3_5TextConfig", missing=_NEWER, head_dim=8, **_LINEAR_AROUND),
+    "qwen3.5": bridged("Qwen3_5TextConfig", missing=_NEWER, head_dim=8, **LINEAR_AROUND),
     "qwen3.5 experts": bridged(
         "Qwen3_5MoeTextConfig",
         missing=_NEWER,
         head_dim=8,
         shared_expert_intermediate_size=16,
-        **_LINEAR_AROUND,
+        **LINEAR_AROUND,
         **EXPERTS,
     ),
-    "olmo hybrid": bridged("OlmoHybridConfig", **_LINEAR_AROUND | {"linear_num_key_heads": 4}),
+    "olmo hybrid": bridged("OlmoHybridConfig", **LINEAR_AROUND | {"linear_num_key_heads": 4}),
     "bamba": bridged("BambaConfig", attn_layer_indices=[1], **_MAMBA2),
     "granite hybrid": bridged(
         "GraniteMoeHybridConfig",
@@ -188,7 +190,7 @@ MIXED: dict[str, Decoder] = {
         chunk_size=16,
         moe_shared_expert_intermediate_size=16,
         use_mamba_kernels=False,
-        **{name: value for name, value in _ROUTED.items() if name != "n_shared_experts"},
+        **{name: value for name, value in ROUTED.items() if name != "n_shared_experts"},
     ),
     "zamba2": bridged(
         "Zamba2Config",
@@ -201,13 +203,17 @@ MIXED: dict[str, Decoder] = {
         use_mamba_kernels=False,
     ),
     # inputs of every layer's own; small heads, because nothing scales their scores down, and roundings grow with them
-    "gemma4": bridged("Gemma4TextConfig", **_GEMMA4),
+    "gemma4": bridged("Gemma4TextConfig", **GEMMA4),
+    # the last layer has no keys of its own, and reads those of the one above
+    "gemma4 shared keys": bridged(
+        "Gemma4TextConfig", num_kv_shared_layers=1, **GEMMA4 | {"layer_types": ["full_attention"] * 3}
+    ),
     # text models of classes that take more than texts
     "gemma3 multimodal": Decoder(
         "Gemma3Config",
         {
             "text_config": BASE | {"head_dim": 8, "query_pre_attn_scalar": 8} | WINDOWS_AROUND,
-            "vision_config": _VISION,
+            "vision_config": VISION,
             "mm_tokens_per_image": 4,
             "pad_token_id": 0,
         },
@@ -216,7 +222,7 @@ MIXED: dict[str, Decoder] = {
     ),
     "gemma4 multimodal": Decoder(
         "Gemma4Config",
-        {"text_config": BASE | _GEMMA4, "vision_config": _VISION, "pad_token_id": 0},
+        {"text_config": BASE | GEMMA4, "vision_config": VISION, "pad_token_id": 0},
         "model.language_model.layers",
         missing=NO_HOOKED,
     ),

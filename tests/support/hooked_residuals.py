@@ -21,10 +21,10 @@ RELEASE = importlib.metadata.version("transformer-lens")
 _RELEASES = RELEASE, importlib.metadata.version("transformers")
 _SEEN_WITH = ("3.9.", "4.3."), ("5.24.",)
 
-RIGHT, REFUSED, MISSING = "right", "refused", "missing"
+NEWEST = RELEASE.startswith(_SEEN_WITH[0][1]) and _RELEASES[1].startswith(_SEEN_WITH[1])
+"""Whether these are the releases that `wrong` and `missing` of 4.3 were seen with; others may be right or refuse."""
 
-SEVERAL_STREAMS = ("DeepseekV4Config",)
-"""Decoders whose layers hand on several streams side by side, so that none of them is the residual."""
+RIGHT, REFUSED, MISSING = "right", "refused", "missing"
 
 _SAYS_MISSING = (
     "has no bridge for|has no HookedTransformer|cannot make a HookedTransformer|cannot run|has no hook blocks|"
@@ -32,10 +32,15 @@ _SAYS_MISSING = (
 )
 
 
-def residuals(model: Any, texts: Sequence[Tensor], tokenizer: Any = None) -> list[Tensor]:
-    """Residuals after every block, for each text of shape (layer, pos, d_model): a mask a position, all in one plan."""
+def residuals(
+    model: Any, texts: Sequence[Tensor], tokenizer: Any = None, names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """Residuals after every block, or what other hooks show: for each text of shape (hook, pos, d_model).
+
+    A mask a position, all in one plan.
+    """
     backend = open_backend(model, tokenizer=tokenizer)
-    names = [f"blocks.{layer}.hook_resid_post" for layer in range(backend.facts.n_layers)]
+    names = names or [f"blocks.{layer}.hook_resid_post" for layer in range(backend.facts.n_layers)]
     samples = [Sample(f"text {n}", ids, torch.eye(len(ids), dtype=torch.bool)) for n, ids in enumerate(texts)]
     pooled = {each.sample: each.means for each in backend.pool(backend.plan(samples), names)}
     return [pooled[n].transpose(0, 1) for n in range(len(samples))]
@@ -72,7 +77,7 @@ def allowed(decoder: Decoder, kind: str) -> Collection[str]:
     if not all(release.startswith(known) for release, known in zip(_RELEASES, _SEEN_WITH, strict=True)):
         return RIGHT, REFUSED, MISSING
     if kind == "auto":  # it goes on to the transformers model itself
-        return (MISSING,) if decoder.config in SEVERAL_STREAMS else (RIGHT,)
+        return (MISSING,) if decoder.unreadable else (RIGHT,)
     states = {_state(decoder, kind)}
     if RIGHT in states:
         return (RIGHT,)

@@ -2,6 +2,7 @@
 
 - `hooks`: hook names, and layers chosen by them.
 - `facts`: what the package needs to know of a loaded model.
+- `offload`: weights that accelerate keeps elsewhere.
 - `state`: what a model is at one moment, and whether it has changed.
 - `caches`: the names by which a key-value cache is handed on.
 - `gguf_header`: what stands before the tensors of a GGUF file.

@@ -156,6 +156,10 @@ def _token_named(tokenizer: Any, ids: Any) -> str | None:
     return token
 
 
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""In transformers, each tried where those before do not know the kind of model."""
+
+
 @cache
 def _say(text: str) -> None:
     logging.getLogger("tl_persona").warning("%s", text)
@@ -163,6 +167,8 @@ def _say(text: str) -> None:
 
 def load_hf_model(found: Checkpoint, *, dtype: Any, trust_remote_code: bool = False, device_map: Any = None) -> Any:
     """The checkpoint's weights as a transformers model in eval mode.
+
+    One that also takes images, sound or videos is loaded as transformers has it; on token ids it is its text model.
 
     Args:
         found: From `find_checkpoint`.
@@ -174,19 +180,25 @@ def load_hf_model(found: Checkpoint, *, dtype: Any, trust_remote_code: bool = Fa
         ModelError: transformers cannot load it; its own message is chained.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     _hub_dtype = "auto" if found.gguf_file is None else torch.float32
-    extra = {} if device_map is None else {"device_map": device_map}
-    model = _from_pretrained(
-        AutoModelForCausalLM,
-        found,
-        "model",
-        dtype=_hub_dtype if dtype is None else dtype,
-        trust_remote_code=trust_remote_code,
-        **extra,
-    )
-    return model.eval()
+    options = {"dtype": _hub_dtype if dtype is None else dtype, "trust_remote_code": trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map
+    refusal: ModelError | None = None
+    for name in _AUTO_CLASSES:
+        auto_class = getattr(transformers, name, None)
+        if auto_class is None:
+            continue
+        try:
+            return _from_pretrained(auto_class, found, "model", **options).eval()
+        except ModelError as error:
+            refusal = refusal or error  # what the first says of it
+            if not isinstance(error.__cause__, ValueError):
+                break
+    assert refusal is not None
+    raise refusal
 
 
 def _from_pretrained(auto_class: Any, found: Checkpoint, what: str, **kwargs: Any) -> Any:
@@ -196,11 +208,13 @@ def _from_pretrained(auto_class: Any, found: Checkpoint, what: str, **kwargs: An
         kwargs["gguf_file"] = found.gguf_file
     elif not found.is_local and found.revision is not None:
         kwargs["revision"] = found.revision
-    from safetensors import SafetensorError  # raised for truncated weights; not an OSError
-
     try:
         return auto_class.from_pretrained(found.location, **kwargs)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a quantizer, a remote module or a broken file may raise anything
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; a tokenizer is read without torch
+            raise
         raise ModelError(
             f"transformers cannot load the {what} of {found.name!r} ({type(error).__name__}: {_first_line(error)}): "
             "check the name, the access token for gated models, and the network"

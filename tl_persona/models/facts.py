@@ -45,6 +45,8 @@ class ModelFacts:
             `HookedTransformer values:3f...` where they compare within that class only, `served:3f...` of what a server
             calls the model. None where it is not known.
         architecture: The model's class in transformers, such as `LlamaForCausalLM`; None where it is not known.
+        quantized: In what weights are held beside `dtype`, such as `int8 (Int8Tensor)`; empty where in nothing else.
+        adapters: Adapters of peft in the model: which are on, off, and merged; empty without any.
     """
 
     name: str
@@ -58,6 +60,13 @@ class ModelFacts:
     hook_names: tuple[str, ...]
     weights_digest: str | None = None
     architecture: str | None = None
+    quantized: str = ""
+    adapters: str = ""
+
+    @property
+    def held_in(self) -> str:
+        """In what the weights are held, for provenance: `dtype`, and what they are quantized to."""
+        return f"{self.dtype}, {self.quantized}" if self.quantized else self.dtype
 
 
 @dataclass(frozen=True)

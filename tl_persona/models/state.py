@@ -5,13 +5,16 @@ is. Where a tensor is a class of its own, it is read by its parts and the name o
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
+
+from tl_persona.models.offload import kept_elsewhere
 
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
 """What every module has; its tensors, parts and hooks are looked at by themselves."""
@@ -94,10 +97,11 @@ def values_digest(model: torch.nn.Module) -> str:
     diagonal that wraps are, so that every row and every column has one: a neuron, a head or an embedding that is
     zeroed shows. A change of single numbers may be missed.
     """
-    return _digest(_named_tensors(model))
+    return _digest(_named_tensors(model), kept_elsewhere(model))
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(tensors: Iterable[tuple[str, Tensor]], kept: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Of tensors by their names, each once; of some it is the values of others that are kept for them."""
     hasher = hashlib.sha256()
     seen: dict[int, int] = {}
     pieces: list[Tensor] = []
@@ -106,7 +110,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
             hasher.update(f"{name}\0{seen[id(tensor)]}\0".encode())
             continue
         seen[id(tensor)] = len(seen)
-        for label, part in _parts_of(name, tensor):
+        for label, part in parts_of_tensor(name, kept.get(name, tensor)):
             hasher.update(f"{label}\0{part.dtype}\0{tuple(part.shape)}\0".encode())
             pieces.append(_bytes_of(_sampled(part)))
     for piece in _gathered(pieces):
@@ -120,18 +124,28 @@ def digest_beside(model: torch.nn.Module, other: torch.nn.Module) -> str:
     return _digest((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in shared)
 
 
-def identity_digest(model: torch.nn.Module) -> str:
+def identity_digest(model: torch.nn.Module, kind: str = "values") -> str | None:
     """As `values_digest`, with the settings that decide what is computed: numbers, flags and names of adapters.
 
     It is the same in another process, and for another model object made alike.
+
+    Args:
+        model: The model.
+        kind: What the digest is comparable within.
+
+    Returns:
+        `<kind>:<hex>`; None where some weights are elsewhere, and nobody says where.
     """
+    elsewhere = {name for name, tensor in _named_tensors(model) if tensor.device.type == "meta"}
+    if not elsewhere <= kept_elsewhere(model).keys():
+        return None
     hasher = hashlib.sha256(values_digest(model).encode())
     for name, module in model.named_modules():
         for key, value in sorted(_plain_attributes(module), key=lambda item: item[0]):
             plain = _frozen(value, by_identity=False)
             if plain is not None and key not in _NOT_THE_FUNCTION:
                 hasher.update(f"{name}\0{key}\0{plain!r}\0".encode("utf-8", "surrogatepass"))
-    return hasher.hexdigest()[:16]
+    return f"{kind}:{hasher.hexdigest()[:16]}"
 
 
 def _named_tensors(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
@@ -140,7 +154,7 @@ def _named_tensors(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in state.items() if isinstance(value, Tensor)]
 
 
-def _parts_of(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def parts_of_tensor(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The plain tensors that a tensor is made of."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if type(tensor) in (Tensor, torch.nn.Parameter) or inner is None:
@@ -148,7 +162,7 @@ def _parts_of(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         return
     names, context = inner()
     for part in names:
-        yield from _parts_of(f"{name}.{type(tensor).__qualname__}({context}).{part}", getattr(tensor, part))
+        yield from parts_of_tensor(f"{name}.{type(tensor).__qualname__}({context}).{part}", getattr(tensor, part))
 
 
 def _sampled(tensor: Tensor) -> Shaped[Tensor, "places"]:

@@ -59,13 +59,26 @@ def check_edit_is_felt(model: HookedModel, hook_name: str, point: Any) -> None:
     """Refuse a hook whose value an edit does not reach beyond.
 
     Raises:
-        HookError: It is `hook_resid_mid` of a TransformerBridge.
+        HookError: It is `hook_resid_mid` of a TransformerBridge or a transformers model, or what the hook shows is not
+            what is added to the stream.
     """
-    if hook_name.endswith("hook_resid_mid") and point.name != hook_name:
+    require_meaning(model, hook_name)
+    if hook_name.endswith("hook_resid_mid") and not (point.name == hook_name and getattr(point, "is_felt", True)):
         raise HookError(
             f"on a {type(model).__name__}, {hook_name} is what the MLP reads ({point.name}), and an edit there never "
             "reaches the stream: choose hook_resid_pre, hook_resid_post or hook_attn_out"
         )
+
+
+def require_meaning(model: HookedModel, hook_name: str) -> None:
+    """Refuse a hook of an added part that is not what is added to the stream.
+
+    Raises:
+        HookError: What the parts of the block show do not add up to the stream.
+    """
+    from tl_persona.backends.local.sums import require_added
+
+    require_added(model, [hook_name])
 
 
 @contextmanager

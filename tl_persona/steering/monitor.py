@@ -19,6 +19,7 @@ from tl_persona.steering.hook_points import (
     hook_point,
     hooked,
     hooked_form,
+    require_meaning,
     unit_direction,
 )
 from tl_persona.steering.positions import CacheGuard, PassTokens, PassWatch
@@ -124,6 +125,7 @@ def monitor(
         if not checked.any():
             raise InputError(f"{name}: the direction is zero: nothing can be projected on it")
         plan.append((name, hook_name, checked, hook_point(model, hook_name, checked), PassWatch(model, hook_name)))
+        require_meaning(model, hook_name)
     seen = Monitor({name: [] for name in named}, {name: [] for name in named})
     with ExitStack() as stack:
         stack.enter_context(CacheGuard(model))

@@ -3,12 +3,16 @@
 - `observers`: whether somebody looks into, or changes, what a model computes.
 - `native`: the wrapped model's own attention and norms.
 - `trial`: what a bridge's model takes, found by trying it.
+- `quantized`: weights in fewer bits, and whether activations are rounded too.
 - `inspection`: what a booted model is.
 - `reference`: the transformers model that a hooked model was made from.
+- `parts`: what the parts of a transformers model's blocks add to the stream.
 - `plain`: a transformers model as it is, with forward hooks under TransformerLens's hook names.
 - `runners`: one pass of a plan, on either TransformerLens class or the model itself.
 - `verdicts`: what came of comparing, kept for other processes.
+- `differences`: how far a hooked model is from the transformers model.
 - `check`: whether a hooked model is the transformers model.
+- `sums`: whether hooks inside a block show what is added.
 - `installs`: nothing is installed while a model boots.
 - `pooling`: means over token masks, put together from the passes.
 - `proof`: whether a shortcut is exact on this model.

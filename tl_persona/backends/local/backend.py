@@ -19,8 +19,10 @@ from tl_persona.backends.local.check import check_note, require_same
 from tl_persona.backends.local.observers import evaluating, interventions_on, is_observed, modules_of
 from tl_persona.backends.local.pooling import PoolingRun
 from tl_persona.backends.local.proof import ProvenPlan, Prover
+from tl_persona.backends.local.quantized import rounds_activations
 from tl_persona.backends.local.runners import Runner, capture_of, runners_for
-from tl_persona.errors import HookError, NonFiniteError
+from tl_persona.backends.local.sums import require_added
+from tl_persona.errors import HookError, ModelError, NonFiniteError, TLPersonaError
 from tl_persona.models.facts import HookedModel, ModelFacts
 from tl_persona.plan.plan import Plan, Sharing, make_plan
 from tl_persona.plan.rows import Pass, Row, Segment
@@ -90,6 +92,7 @@ class LocalBackend:
             inspection.critical_lengths(self.model),
             inspection.chosen_keys(self.model),
         )
+        self._rounds = bool(self.facts.quantized) and rounds_activations(modules_of(self.model))
         self._path: dict[str, Any] = {}
 
     @property
@@ -97,7 +100,13 @@ class LocalBackend:
         """How the last plan ran, for provenance: the sharing, and what its proof found."""
         architecture = {"architecture": self.facts.architecture} if self.facts.architecture else {}
         about = {"model_class": self.facts.kind, "check": check_note(self.model), **architecture}
-        return {"backend": "local", **about, **self._path}
+        held = {"quantized": self.facts.quantized, "adapters": self.facts.adapters}
+        return {"backend": "local", **about, **{name: what for name, what in held.items() if what}, **self._path}
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model has an embedding of."""
+        return inspection.n_embedded(self.model)
 
     @property
     def interventions(self) -> str:
@@ -120,7 +129,7 @@ class LocalBackend:
         plan = make_plan(
             samples,
             n_ctx=self.facts.n_ctx,
-            vocabulary=int(self.model.cfg.d_vocab),
+            vocabulary=self.vocabulary,
             batch_tokens=batch_tokens,
             max_rows=max_rows,
             sharing=self._plain.sharing,
@@ -139,6 +148,7 @@ class LocalBackend:
     def _pooled(self, plan: Plan, hook_names: Sequence[str], *, with_norms: bool) -> Iterator[Pooled]:
         names = list(hook_names)
         require_same(self.model, max((len(sample.input_ids) for sample in plan.given), default=0), names)
+        require_added(self.model, names)
         modules = modules_of(self.model)  # once a run: walking a bridge takes ten milliseconds
         with torch.no_grad(), evaluating(modules):
             self._check_hooks([name for name in names if not _HAS_D_MODEL.fullmatch(name)])
@@ -178,6 +188,13 @@ class LocalBackend:
         if is_observed(modules):
             # A hook may act on the last position, or on whatever it finds there: no text beside or after another.
             return ProvenPlan(plan.alone(), self._plain, {"sharing": str(Sharing.NONE), "hooks": "of the caller"})
+        if self._rounds:
+            reason = "activations are rounded as they come: its numbers are good to per cents, however it is run"
+            if not self._path:
+                logging.getLogger("tl_persona").warning("%s: %s. Each text runs by itself", self.facts.name, reason)
+            return ProvenPlan(
+                plan.alone(), self._plain, {"sharing": str(Sharing.NONE), "fallbacks": [f"packed: {reason}"]}
+            )
         # From the most sharing on, so that whatever is given up is noted, also where it was foreseen.
         untouched = plan.sharing is plan.wanted is not Sharing.NONE
         return self._prover.prove(plan if untouched else plan.with_sharing(plan.wanted), names)
@@ -196,12 +213,26 @@ class LocalBackend:
                 context = contexts.pop(each.context) if last_use[each.context] == index else contexts[each.context]
             # Not around the yield: whoever takes the samples one by one has the model and torch as they were.
             with torch.no_grad(), evaluating(modules):
-                captured, kept = runner.run(plan, each, names, context, length)
+                captured, kept = self._passed(runner, plan, each, names, context, length)
                 complete = run.add(each, captured)
             if each.kept:
                 contexts[index] = kept
             del captured, kept, context
             yield from complete
+
+    def _passed(self, runner: Runner, plan: Plan, each: Pass, names: Sequence[str], context: Any, length: int) -> Any:
+        """One pass; what the model itself raises is one of our errors, and what somebody's hook raises is as it was."""
+        try:
+            return runner.run(plan, each, names, context, length)
+        except (TLPersonaError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an architecture may refuse in any way
+            if is_observed(modules_of(self.model)):
+                raise
+            raise ModelError(
+                f"{self.facts.architecture or self.facts.name} cannot run a pass of {len(each.rows)} x {each.width} "
+                f"tokens ({type(error).__name__}: {error}): is a text longer than it takes?"
+            ) from error
 
     def _check_hooks(self, names: list[str]) -> None:
         """Runs two tokens, so that an unsuitable hook is refused before the samples run."""

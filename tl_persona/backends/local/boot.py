@@ -6,6 +6,7 @@ Works with TransformerLens 3.x (HookedTransformer and TransformerBridge) and 4.x
 import copy
 import json
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from tl_persona.backends.local import inspection
 from tl_persona.backends.local.check import Check, checked, remember_check
 from tl_persona.backends.local.installs import install_advice, no_processes
 from tl_persona.backends.local.observers import is_observed
-from tl_persona.backends.local.plain import TransformersModel, plain_model
+from tl_persona.backends.local.plain import TransformersModel, plain_model, reference_on, uncompiled
 from tl_persona.backends.local.reference import NoReferenceError, Reference, reference_to, twin_of
 from tl_persona.backends.local.trial import mend
 from tl_persona.backends.local.watch import look_again
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
+from tl_persona.models.configs import longest_text_named
 from tl_persona.models.facts import HookedModel, ModelSource, remember_source
+from tl_persona.models.offload import is_offloaded
 from tl_persona.models.state import ModelState, identity_digest, state_of
 
 
@@ -59,16 +62,17 @@ def require_hooked_transformer() -> Any:
 
 
 def hooked_transformer_supports(hf_model: Any) -> bool:
-    """Whether this TransformerLens can make a HookedTransformer of the architecture."""
+    """Whether this TransformerLens can make a HookedTransformer of the architecture, for texts as long as its own."""
     if _hooked_transformer_class() is None:
         return False
     try:
         with _config_folder(hf_model) as folder, no_processes():
-            _hooked_config(folder, None, torch.float32, False)
+            n_ctx = int(_hooked_config(folder, None, torch.float32, False).n_ctx)
     except (NotImplementedError, KeyError, ValueError, AttributeError, TypeError) as error:
         logging.getLogger(__name__).info("no HookedTransformer for this architecture: %s", error)
         return False
-    return True
+    # For some it stops at 2,048 tokens, since each of its layers holds a mask of n_ctx times n_ctx.
+    return n_ctx >= (longest_text_named(hf_model.config.to_dict()) or sys.maxsize)
 
 
 def hooked_transformer(
@@ -94,6 +98,7 @@ def hooked_transformer(
             ) from error
         cfg.model_name = Path(str(hf_model.config._name_or_path or type(hf_model).__name__)).name
         cfg.tokenizer_name = None
+        cfg.n_ctx = min(int(cfg.n_ctx), longest_text_named(hf_model.config.to_dict()) or int(cfg.n_ctx))
         model = hooked_class(cfg, move_to_device=False)
         model.load_and_process_state_dict(
             state_dict,
@@ -147,6 +152,8 @@ def bridge(hf_model: Any, tokenizer: Any, *, device: Any = None, process_weights
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device or default_device())
     location = str(hf_model.config._name_or_path)
+    if not getattr(hf_model.config, "architectures", None):  # of a GGUF file, or made from a configuration
+        hf_model.config.architectures = [type(hf_model).__name__]
     try:
         with _quiet_deprecations(), no_processes():
             model = TransformerBridge.boot_transformers(
@@ -184,12 +191,25 @@ def itself(hf_model: Any, tokenizer: Any, *, found_on: Reference | None = None) 
 
 
 def _lent(tokenizer: Any) -> Any:
-    """A copy to boot with: TransformerLens gives a tokenizer a BOS and an end of text that it has not, in place."""
-    lent = copy.deepcopy(tokenizer)
+    """A copy to boot with: TransformerLens gives a tokenizer a BOS and an end of text that it has not, in place.
+
+    Without one it would load one by the model's name, which ids do not need: it gets one that knows nothing.
+    """
+    lent = _blank_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
     if hasattr(lent, "init_kwargs"):
         # One that says that it adds a BOS is taken as it is; for others a second one is loaded by name.
         lent.init_kwargs = {"name_or_path": "", **lent.init_kwargs, "add_bos_token": True}
     return lent
+
+
+def _blank_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<s>")
+    return fast(tokenizer_object=backend, unk_token="<unk>", **ends)
 
 
 def _give(model: Any, tokenizer: Any) -> None:
@@ -245,7 +265,7 @@ def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
         twin = twin_of(hf_model, own_weights=reference is not None and reference.owns_weights)
     except NoReferenceError as error:
         raise ModelError(str(error)) from error
-    digest = f"values:{identity_digest(hf_model)}"
+    digest = identity_digest(hf_model)
     same_function = known is not None and known.state.parts == state.parts and known.state.settings == state.settings
     try:
         # A copy, since `to_tokens` needs padding that the caller's may lack.
@@ -262,41 +282,38 @@ def adopt(hf_model: Any, tokenizer: Any) -> HookedModel:
     return model
 
 
-def _say_what_it_is(model: Any, digest: str, hf_model: Any) -> None:
+def _say_what_it_is(model: Any, digest: str | None, hf_model: Any) -> None:
     remember_source(model, ModelSource(inspection.name_of(model), None, digest, type(hf_model).__name__))
 
 
-def with_hooks(model: Any, tokenizer: Any = None) -> Any:
+def with_hooks(model: Any, tokenizer: Any = None, *, found_on: Reference | None = None) -> Any:
     """A model that has hooks, as it is; a transformers model with hooks on its own layers, which then act on it."""
     if hasattr(model, "hook_dict") or not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
         return model
-    found = itself(model, tokenizer)
-    _say_what_it_is(found, f"values:{identity_digest(model)}", model)
+    found = itself(model, tokenizer, found_on=found_on)
+    _say_what_it_is(found, identity_digest(model), model)
     return found
-
-
-def _writes_weights(hf_model: Any) -> bool:
-    try:
-        return Reference(hf_model, twin=False).writes_weights()
-    except NoReferenceError:
-        return False
 
 
 def as_hooked_model(model: Any, tokenizer: Any) -> HookedModel:
     """The model as something with hooks.
 
     Raises:
-        InputError: It is neither a TransformerLens model nor a transformers one, or a transformers one without
-            tokenizer.
+        InputError: It is neither a TransformerLens model nor a transformers one.
     """
     if hasattr(model, "run_with_cache") and hasattr(model, "hook_dict"):
         hooked: HookedModel = model
         look_again(hooked)
         return hooked
+    model = uncompiled(model)
     if isinstance(model, torch.nn.Module) and hasattr(model, "config") and hasattr(model, "forward"):
+        if not is_observed(model.modules()) and not is_offloaded(model):
+            return adopt(model, tokenizer)
         # Hooks of anybody's act on the model that they were put on, and may keep what they see.
-        own = is_observed(model.modules()) and not _writes_weights(model)
-        return cast(HookedModel, with_hooks(model, tokenizer)) if own else adopt(model, tokenizer)
+        reference = reference_on(model)
+        if reference.owns_weights:
+            return adopt(model, tokenizer)
+        return cast(HookedModel, with_hooks(model, tokenizer, found_on=reference))
     raise InputError(
         f"a model of type {type(model).__name__} cannot be used: pass what tl_persona.load_model returns, a "
         "HookedTransformer, a TransformerBridge or a transformers model"

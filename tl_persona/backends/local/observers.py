@@ -21,6 +21,7 @@ LOOKING_ON = (
     "transformer_lens.model_bridge.component_setup",  # hands a layer's input and output on to the hooks of its MLP
     "tl_persona.backends.local.trial",  # hands an argument on under the name that is looked for
     "tl_persona.backends.local.reference",
+    "tl_persona.backends.local.parts",
 )
 
 

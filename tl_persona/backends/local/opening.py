@@ -10,22 +10,23 @@ from typing import Any, Literal, cast
 
 import torch
 
-from tl_persona.backends.local import boot
+from tl_persona.backends.local import boot, inspection
 from tl_persona.backends.local.check import (
     LONGEST_AT_ONCE,
     Check,
     checked,
-    difference,
     lengths_to_compare,
     mismatch,
     remember_check,
 )
+from tl_persona.backends.local.differences import difference
 from tl_persona.backends.local.reference import NoReferenceError, Reference, reference_to
 from tl_persona.backends.local.verdicts import VerdictFile
 from tl_persona.backends.local.watch import remember_loaded
 from tl_persona.errors import InputError, MissingDependencyError, ModelError
 from tl_persona.models.configs import lengths_named
 from tl_persona.models.facts import HookedModel, ModelComparison, ModelSource
+from tl_persona.models.offload import is_offloaded
 from tl_persona.models.state import identity_digest
 from tl_persona.provenance import software_versions
 
@@ -62,11 +63,18 @@ def opened(
         ModelMismatchError: It differs from the transformers model.
         ModelError: It cannot be made.
     """
-    source = ModelSource(name, revision, f"values:{identity_digest(hf_model)}", type(hf_model).__name__)
+    source = ModelSource(name, revision, identity_digest(hf_model), type(hf_model).__name__)
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device or boot.default_device())
     options = {"device": device, "process_weights": process_weights}
     if kind == "transformers":
+        return _itself(hf_model, tokenizer, source)
+    if kind == "auto" and is_offloaded(hf_model):
+        logging.getLogger("tl_persona").warning(
+            "%s has weights in memory or on disk that are brought layer by layer: the transformers model itself runs, "
+            "slowly",
+            name,
+        )
         return _itself(hf_model, tokenizer, source)
     if kind == "hooked" or (kind == "auto" and _may_be_hooked_transformer(hf_model)):
         try:
@@ -163,8 +171,8 @@ def compare_with(model: Any, reference: Any, n_tokens: int | None) -> ModelCompa
     found, reason = reference_to(reference)
     if found is None:
         raise ModelError(f"they cannot be compared: {reason}")
-    n_ctx = int(getattr(model.cfg, "n_ctx", 0) or 0)
-    lengths = [n_tokens] if n_tokens else lengths_to_compare(found.lengths, n_ctx, _WORTH_COMPARING)
+    longest = inspection.longest_text(model) or 0
+    lengths = [n_tokens] if n_tokens else lengths_to_compare(found.lengths, longest, _WORTH_COMPARING)
     try:
         seen = [difference(model, found, length) for length in lengths]
     except NoReferenceError as error:

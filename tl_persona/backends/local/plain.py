@@ -1,8 +1,9 @@
 """A transformers model as it is, with forward hooks on its decoder layers under TransformerLens's hook names.
 
 For whatever TransformerLens has no form of, or another function: nothing is rewritten, and the decoder layers are found
-by running three tokens (see `reference`). The residual before and after each of them can be read and edited; hooks lie
-on the layers themselves and only while somebody has put them there, so a caller's model is left as it was.
+by running three tokens (see `reference`). The residual before and after each of them can be read and edited, and what
+their parts add to it (see `parts`); hooks lie on the model's own modules and only while somebody has put them there, so
+a caller's model is left as it was.
 """
 
 import functools
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from tl_persona.backends.local.parts import BlockParts, Part, parts_of
 from tl_persona.backends.local.reference import NoReferenceError, Reference, is_activation
 from tl_persona.errors import HookError, ModelError
 from tl_persona.models.configs import longest_text_named
+from tl_persona.models.offload import input_device
 
 NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -36,28 +39,32 @@ class SiteHook(NamedTuple):
 
 
 class StreamSite:
-    """The residual stream before or after one decoder layer; what a HookPoint is in TransformerLens.
+    """A place in the residual stream, or what is added to it; what a HookPoint is in TransformerLens.
 
     Args:
         name: The hook's name.
-        layer: The decoder layer.
-        before: Whether it is what the layer takes, or else what it gives.
+        module: A decoder layer, or a module of one.
+        part: Which side of it, and with which factor.
+        is_written_into: Whether the model overwrites the value later in a pass.
     """
 
-    def __init__(self, name: str, layer: torch.nn.Module, before: bool) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, part: Part, *, is_written_into: bool = False) -> None:
         self.name = name
         self.fwd_hooks: list[SiteHook] = []
-        self._layer, self._before = layer, before
+        self.is_written_into = is_written_into
+        self.is_felt = not name.endswith("hook_resid_mid")
+        """Whether an edit reaches the stream; what the second part of a block reads is a copy of it."""
+        self._module, self._part = module, part
 
     def add(self, hook: Callable[..., Tensor | None], *, is_permanent: bool = False) -> SiteHook:
-        """Has a function see the stream here, or change it: `hook(activation, hook=site)` gives a tensor, or None."""
+        """Has a function see the value, or change it: `hook(activation, hook=site)` gives a tensor, or None."""
         # With the function's own name, module and marks: who looks at a model's hooks sees whose it is.
-        if self._before:
+        if self._part.before:
             pre = functools.wraps(hook)(lambda _module, args, kwargs: self._taken(hook, args, kwargs))
-            handle = self._layer.register_forward_pre_hook(pre, with_kwargs=True)
+            handle = self._module.register_forward_pre_hook(pre, with_kwargs=True)
         else:
             post = functools.wraps(hook)(lambda _module, _args, output: self._given(hook, output))
-            handle = self._layer.register_forward_hook(post)
+            handle = self._module.register_forward_hook(post)
         added = SiteHook(handle, hook, is_permanent)
         self.fwd_hooks.append(added)
         return added
@@ -65,22 +72,32 @@ class StreamSite:
     def _taken(self, hook: Callable[..., Tensor | None], args: Any, kwargs: Any) -> Any:
         place = next((place for place, value in enumerate(args) if is_activation(value)), None)
         if place is not None:
-            edited = hook(args[place], hook=self)
+            edited = self._seen(hook, args[place])
             return None if edited is None else ((*args[:place], edited, *args[place + 1 :]), kwargs)
         name = next((name for name, value in kwargs.items() if is_activation(value)), None)
         if name is None:
-            raise HookError(f"{type(self._layer).__name__} was run without a stream of shape (batch, pos, d_model)")
-        edited = hook(kwargs[name], hook=self)
+            raise HookError(f"{type(self._module).__name__} was run without a stream of shape (batch, pos, d_model)")
+        edited = self._seen(hook, kwargs[name])
         return None if edited is None else (args, {**kwargs, name: edited})
 
     def _given(self, hook: Callable[..., Tensor | None], output: Any) -> Any:
         stream = output[0] if isinstance(output, tuple | list) and output else output
         if not is_activation(stream):
-            raise HookError(f"{type(self._layer).__name__} gave no stream of shape (batch, pos, d_model)")
-        edited = hook(stream, hook=self)
+            raise HookError(f"{type(self._module).__name__} gave no stream of shape (batch, pos, d_model)")
+        edited = self._seen(hook, stream)
         if edited is None:
             return None
         return edited if stream is output else type(output)((edited, *output[1:]))
+
+    def _seen(self, hook: Callable[..., Tensor | None], value: Tensor) -> Tensor | None:
+        factor = self._part.factor
+        edited = hook(value if factor == 1 else factor * value, hook=self)
+        if edited is not None and not self.is_felt:
+            raise HookError(
+                f"an edit at {self.name} never reaches the stream: choose hook_resid_pre, hook_resid_post or "
+                "hook_attn_out"
+            )
+        return edited if edited is None or factor == 1 else edited / factor
 
 
 class _StopError(Exception):
@@ -90,16 +107,25 @@ class _StopError(Exception):
 class TransformersModel(torch.nn.Module):
     """A transformers model under TransformerLens's hook names; satisfies `models.facts.HookedModel`.
 
-    Its hooks are `blocks.{i}.hook_resid_pre` and `blocks.{i}.hook_resid_post`.
+    Its hooks are `blocks.{i}.hook_resid_pre` and `blocks.{i}.hook_resid_post`, and where two modules give what a block
+    adds, `hook_attn_out` and `hook_mlp_out`; `hook_resid_mid` is there to be read where a module takes it.
 
     Args:
         hf_model: The model, which is not changed.
         layers: Its decoder layers.
         d_model: Width of the stream between them.
         tokenizer: The checkpoint's own.
+        parts: What each layer's own modules add.
     """
 
-    def __init__(self, hf_model: Any, layers: Sequence[torch.nn.Module], d_model: int, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        hf_model: Any,
+        layers: Sequence[torch.nn.Module],
+        d_model: int,
+        tokenizer: Any,
+        parts: Sequence[BlockParts],
+    ) -> None:
         super().__init__()
         self.original_model = hf_model
         self.tokenizer = tokenizer
@@ -110,16 +136,11 @@ class TransformersModel(torch.nn.Module):
             d_model=d_model,
             d_vocab=int(hf_model.get_input_embeddings().weight.shape[0]),
             n_ctx=longest_text_named(hf_model.config.to_dict()),
-            device=hf_model.get_input_embeddings().weight.device,
+            device=input_device(hf_model),
             dtype=parameter.dtype,
             model_name=str(getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__),
         )
-        sites = {}
-        for number, layer in enumerate(layers):
-            for edge in ("resid_pre", "resid_post"):
-                name = f"blocks.{number}.hook_{edge}"
-                sites[name] = StreamSite(name, layer, edge == "resid_pre")
-        self._sites, self._layers = sites, tuple(layers)
+        self._sites, self._layers = _sites(layers, parts), tuple(layers)
 
     @property
     def blocks(self) -> Sequence[torch.nn.Module]:
@@ -205,7 +226,7 @@ class TransformersModel(torch.nn.Module):
         kept: dict[str, Tensor] = {}
 
         def keep(activation: Tensor, hook: StreamSite) -> None:
-            kept[hook.name] = activation
+            kept[hook.name] = activation.clone() if hook.is_written_into else activation
 
         def stop(*_: Any) -> None:
             raise _StopError
@@ -232,7 +253,8 @@ class TransformersModel(torch.nn.Module):
         if callable(name):
             return [site for each, site in self._sites.items() if name(each)]
         if name not in self._sites:
-            raise HookError(f"there is no hook {name!r} on a transformers model: it has resid_pre and resid_post")
+            has = dict.fromkeys(each.rpartition("hook_")[2] for each in self._sites)
+            raise HookError(f"there is no hook {name!r} on this transformers model: it has {', '.join(has)}")
         return [self._sites[name]]
 
 
@@ -247,18 +269,42 @@ def plain_model(hf_model: Any, tokenizer: Any, *, found_on: Reference | None = N
     Raises:
         ModelError: Its decoder layers cannot be told, or it does not run on token ids alone.
     """
-    hf_model = getattr(hf_model, "_orig_mod", hf_model)
+    hf_model = uncompiled(hf_model)
+    reference = found_on or reference_on(hf_model)
     try:
-        path, width = _layers_of(hf_model, found_on)
+        (path, width), parts = reference.decoder_layers(), parts_of(reference)
     except NoReferenceError as error:
-        raise ModelError(f"{type(hf_model).__name__} cannot be read as plain transformers: {error}") from error
-    return TransformersModel(hf_model, list(hf_model.get_submodule(path)), width, tokenizer)
+        raise _unreadable(hf_model, error) from error
+    return TransformersModel(hf_model, list(hf_model.get_submodule(path)), width, tokenizer, parts)
 
 
-def _layers_of(hf_model: Any, found_on: Reference | None) -> tuple[str, int]:
-    if found_on is not None:
-        return found_on.decoder_layers()
-    reference = Reference(hf_model, twin=False)
-    if reference.writes_weights():
-        reference = Reference(hf_model, own_weights=True)
-    return reference.decoder_layers()
+def uncompiled(hf_model: Any) -> Any:
+    """The model that `torch.compile` was given: what it gives back ignores hooks that come later."""
+    return getattr(hf_model, "_orig_mod", hf_model)
+
+
+def reference_on(hf_model: Any) -> Reference:
+    """A reference that runs the model itself, or a copy where that writes into its weights.
+
+    Raises:
+        ModelError: Its decoder layers cannot be told, or it does not run on token ids alone.
+    """
+    try:
+        reference = Reference(hf_model, twin=False)
+        return Reference(hf_model, own_weights=True) if reference.writes_weights() else reference
+    except NoReferenceError as error:
+        raise _unreadable(hf_model, error) from error
+
+
+def _unreadable(hf_model: Any, error: NoReferenceError) -> ModelError:
+    return ModelError(f"{type(hf_model).__name__} cannot be read as plain transformers: {error}")
+
+
+def _sites(layers: Sequence[torch.nn.Module], parts: Sequence[BlockParts]) -> dict[str, StreamSite]:
+    sites = {}
+    for number, (layer, block) in enumerate(zip(layers, parts, strict=True)):
+        edges = {"hook_resid_pre": Part("", True)}, {"hook_resid_post": Part("", False)}
+        for hook, part in {**edges[0], **block.parts, **edges[1]}.items():
+            name, module = f"blocks.{number}.{hook}", layer.get_submodule(part.module)
+            sites[name] = StreamSite(name, module, part, is_written_into=hook in block.written_into)
+    return sites

@@ -234,7 +234,7 @@ def compared(runner: Runner, plain_runner: Runner, probe: Probe, names: Sequence
     plan, (each, member) = probe.plan, (probe.passes[-1], probe.text.member)
     given = plan.given[member]
     try:
-        before, fast = _run(runner, plan, each, names)
+        pieces = _pieces(probe, *_run(runner, plan, each, names), names)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
@@ -247,8 +247,8 @@ def compared(runner: Runner, plain_runner: Runner, probe: Probe, names: Sequence
         size = expected.norm(dim=-1)
         # A position that is all but zero is measured against the others, which it is added to or averaged with.
         scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
-        for segment, got in _pieces(probe, before, fast, name):
-            part = slice(segment.start, segment.stop)
+        for segment, piece in pieces.pop(name):
+            part, got = slice(segment.start, segment.stop), piece.detach().cpu().double()
             errors = (got - expected[part]).norm(dim=-1) / scale[part]
             difference = float(errors.max() if dtype in _EXACT_DTYPES else errors.mean())
             if not difference < float("inf"):
@@ -275,11 +275,15 @@ def _run(
 
 
 def _pieces(
-    probe: Probe, before: Mapping[str, Tensor], fast: Mapping[str, Tensor], name: str
-) -> list[tuple[Segment, Tensor]]:
-    """The segments of a probe text, each with what was captured for it."""
-    pieces = [(segment, fast[name][row, begin : begin + len(segment)]) for row, begin, segment in probe.pieces]
+    probe: Probe, before: Mapping[str, Tensor], fast: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, list[tuple[Segment, Tensor]]]:
+    """By hook the segments of a probe text, each with a copy of what was captured for it: the rest can be let go."""
+    pieces = {
+        name: [(segment, fast[name][row, begin : begin + len(segment)].clone()) for row, begin, segment in probe.pieces]
+        for name in names
+    }
     if len(probe.passes) > 1:
         (segment,) = probe.passes[0].rows[0].segments
-        pieces.insert(0, (segment, before[name][0]))
-    return [(segment, got.detach().cpu().double()) for segment, got in pieces]
+        for name in names:
+            pieces[name].insert(0, (segment, before[name][0].clone()))
+    return pieces

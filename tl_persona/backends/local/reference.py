@@ -7,7 +7,8 @@ it was. It raises `NoReferenceError` where there is nothing to compare with.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_persona.backends.local.observers import evaluating, without_hooks
 from tl_persona.models.configs import lengths_named
+from tl_persona.models.offload import input_device, is_offloaded
 
 _DISCOVERY = 3
 """Tokens that are enough to see which modules follow one another."""
@@ -34,6 +36,15 @@ class _NoLogitsError(Exception):
 
 class _WroteWeightsError(Exception):
     """A pass was about to write into a parameter."""
+
+
+class _Seen(dict[Any, tuple[Tensor, Tensor]]):
+    """What modules took and gave the last time that they ran, how often they did, and at how many positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[Any] = Counter()
+        self.n_positions: dict[Any, int] = {}
 
 
 class Reference:
@@ -104,7 +115,7 @@ class Reference:
         try:
             marked = [(layer, number) for number, layer in enumerate(self._layers)]
             with self._watching(marked, torch.tensor(list(positions))) as seen:
-                self._run(ids)
+                self.run(ids)
         except _WroteWeightsError as error:
             raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
         return torch.stack([seen[number][1] for number in range(len(self._layers))])
@@ -132,7 +143,7 @@ class Reference:
 
         handles = [module.register_forward_hook(look, with_kwargs=True) for module in self.model.modules()]
         try:
-            self._run(ids)
+            self.run(ids)
         except _WroteWeightsError as error:
             raise NoReferenceError(f"{self.name} writes into its weights as it runs") from error
         finally:
@@ -148,7 +159,7 @@ class Reference:
         ]
         marked = [(layer, (path, number)) for path, module in lists for number, layer in enumerate(module)]
         with self._watching(marked, torch.arange(_DISCOVERY)) as seen:
-            self._run(torch.arange(1, 1 + _DISCOVERY)[None] % self.vocabulary)
+            self.run(torch.arange(1, 1 + _DISCOVERY)[None] % self.vocabulary)
         found = [
             (path, module)
             for path, module in lists
@@ -157,12 +168,30 @@ class Reference:
         if not found:
             raise NoReferenceError(f"the decoder layers of {self.name} cannot be told by running it")
         self._path, layers = max(found, key=lambda each: len(each[1]))
+        n_positions = seen.n_positions[self._path, 0]
+        if n_positions != _DISCOVERY:
+            raise NoReferenceError(
+                f"layers of {self.name} see {n_positions} positions of a text of {_DISCOVERY} tokens ({self._path}): "
+                "which of them is a token's cannot be told"
+            )
+        again = [number for number in range(len(layers)) if seen.times[self._path, number] > 1]
+        if again:
+            raise NoReferenceError(
+                f"layers of {self.name} run more than once in a pass ({self._path}: {', '.join(map(str, again))}), so "
+                "that none has one residual"
+            )
         self._layers, self._width = list(layers), int(seen[self._path, 0][1].shape[-1])
 
-    def _run(self, ids: Int[Tensor, "row pos"]) -> None:
-        device = self.model.get_input_embeddings().weight.device
+    def run(self, ids: Int[Tensor, "row pos"]) -> None:
+        """Runs it up to its logits, nobody's hooks in the way but those that this package puts on.
+
+        Raises:
+            NoReferenceError: It cannot be run on token ids alone.
+        """
+        device = input_device(self.model)
         try:
-            guard = nullcontext() if self.owns_weights else _Guard(self.model)
+            # What is written into weights that are brought for a layer is gone after it.
+            guard = nullcontext() if self.owns_weights or is_offloaded(self.model) else _Guard(self.model)
             modules = list(self.model.modules())
             with torch.no_grad(), evaluating(modules), without_hooks(modules), self._without_logits(), guard:
                 self.model(ids.to(device), use_cache=False)
@@ -195,16 +224,18 @@ class Reference:
     @contextmanager
     def _watching(
         self, marked: Sequence[tuple[torch.nn.Module, Any]], positions: Int[Tensor, "pos"]
-    ) -> Iterator[dict[Any, tuple[Tensor, Tensor]]]:
+    ) -> Iterator["_Seen"]:
         """What marked modules take and give for the first row, by mark; as it is then, as it may be written into."""
-        seen: dict[Any, tuple[Tensor, Tensor]] = {}
+        seen = _Seen()
         handles = []
         for module, mark in marked:
 
             def look(_module: Any, args: Any, kwargs: Any, output: Any, mark: Any = mark) -> None:
-                taken = next((value for value in (*args, *kwargs.values()) if is_activation(value)), None)
+                taken = first_activation((*args, *kwargs.values()))
                 given = output[0] if isinstance(output, tuple | list) and output else output
                 if taken is not None and is_activation(given) and taken.shape == given.shape:
+                    seen.times[mark] += 1
+                    seen.n_positions[mark] = given.shape[1]
                     seen[mark] = _picked(taken, positions), _picked(given, positions)
 
             handles.append(module.register_forward_hook(look, with_kwargs=True))
@@ -274,6 +305,11 @@ def _storages(tensor: Tensor) -> Iterator[int]:
 def is_activation(value: Any) -> bool:
     """Whether a value may be a stream of shape (batch, pos, d_model)."""
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def first_activation(values: Iterable[Any]) -> Tensor | None:
+    """The first value that may be a stream, of what a module takes."""
+    return next((value for value in values if is_activation(value)), None)
 
 
 def _picked(activation: Tensor, positions: Int[Tensor, "pos"]) -> Tensor:

@@ -154,24 +154,25 @@ class _Trier:
     def _quiet(self, whole: Tensor) -> tuple[dict[str, Any], dict[str, str]]:
         """Arguments that leave out what nobody reads, and those of them that do not."""
         wanted: dict[str, tuple[Any, str, Callable[[], bool]]] = {
-            "logits_to_keep": (1, "all logits are computed", lambda: _n_positions(self._output) <= 1),
             "output_attentions": (False, "attention patterns are kept", lambda: not _has_patterns(self._output)),
+            "logits_to_keep": (1, "all logits are computed", lambda: _n_positions(self._output) <= 1),
             "use_cache": (False, "keys and values are kept", lambda: not _keeps(self._output)),
         }
         together = {name: value for name, (value, _, _) in wanted.items()}
-        if self._same(whole, lambda: self._residuals(self._ids, **together)) is None:
-            return together, {
-                name: f"{cost}: {name}={value} has no effect"
-                for name, (value, cost, left_out) in wanted.items()
-                if not left_out()
-            }
         arguments, costs = {}, {}
-        for name, (value, cost, left_out) in wanted.items():
-            seen = self._same(whole, lambda chosen={name: value}: self._residuals(self._ids, **chosen))  # type: ignore[misc]
-            if seen is not None:
-                costs[name] = f"{cost}: {name}={value} does not do ({seen})"
-                continue
-            arguments[name] = value
+        if self._same(whole, lambda: self._residuals(self._ids, **together)) is None:
+            arguments = together
+        else:  # each with those before it: Gemma 4 cuts its stream to one token where two of them meet
+            for name, (value, cost, _) in wanted.items():
+                chosen = {**arguments, name: value}
+                seen = self._same(whole, lambda chosen=chosen: self._residuals(self._ids, **chosen))  # type: ignore[misc]
+                if seen is None:
+                    arguments = chosen
+                else:
+                    costs[name] = f"{cost}: {name}={value} does not do ({seen})"
+            self._residuals(self._ids, **arguments)
+        for name in arguments:
+            value, cost, left_out = wanted[name]
             if not left_out():
                 costs[name] = f"{cost}: {name}={value} has no effect"
         return arguments, costs

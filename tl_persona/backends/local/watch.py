@@ -67,11 +67,11 @@ def _state(model: Any) -> ModelState:
     return state_of(model)._replace(hooks=frozenset(), buffers="")
 
 
-def _digest(model: Any, reference: Any) -> str:
+def _digest(model: Any, reference: Any) -> str | None:
     """The digest of a model's values: over those of the transformers model where all else is as it was loaded."""
     loaded = _AS_LOADED.get(model)
     if isinstance(model, TransformersModel):
-        return f"values:{identity_digest(model.original_model)}"
+        return identity_digest(model.original_model)
     if reference is not None and loaded is not None and digest_beside(model, reference.model) == loaded.beside:
-        return f"values:{identity_digest(reference.model)}"
-    return f"{type(model).__name__} values:{identity_digest(model)}"
+        return identity_digest(reference.model)
+    return identity_digest(model, f"{type(model).__name__} values")

@@ -26,7 +26,7 @@ from tl_persona.backends.remote.tracing import Chunk, Payload, Slots, payload_of
 from tl_persona.backends.remote.transport import CapacityFailure
 from tl_persona.backends.shortcuts import tolerance_of
 from tl_persona.errors import HookError, InputError, NonFiniteError, RemoteMemoryError
-from tl_persona.models.configs import chosen_keys_named, critical_lengths_named
+from tl_persona.models.configs import chosen_keys_named, critical_lengths_named, longest_text_named
 from tl_persona.models.facts import ModelFacts
 from tl_persona.models.hooks import layer_of
 from tl_persona.plan.plan import Plan, Sharing, make_plan
@@ -282,7 +282,6 @@ def _as_remote_model(model: Any, tokenizer: Any, remote: bool) -> RemoteModel:
 def _facts_of(model: RemoteModel, sites: Sites, dtype: str) -> ModelFacts:
     whole = model.nnsight_model._module
     config = whole.config.get_text_config()
-    n_ctx = getattr(config, "max_position_embeddings", None)
     return ModelFacts(
         name=model.name,
         revision=model.revision,
@@ -291,7 +290,7 @@ def _facts_of(model: RemoteModel, sites: Sites, dtype: str) -> ModelFacts:
         weights="unprocessed",
         n_layers=sites.n_layers,
         d_model=int(config.hidden_size),
-        n_ctx=int(n_ctx) if n_ctx else None,
+        n_ctx=longest_text_named(config.to_dict()),
         hook_names=sites.hook_names,
         weights_digest=model.served_digest,
         architecture=type(whole).__name__,
