@@ -229,6 +229,9 @@ class LocalBackend:
         except Exception as error:  # an architecture may refuse in any way
             if is_observed(modules_of(self.model)):
                 raise
+            unknown = next((name for name in names if name not in self.facts.hook_names), None)
+            if unknown is not None:
+                raise HookError(f"hook {unknown!r} did not fire on this model: choose a residual hook") from error
             raise ModelError(
                 f"{self.facts.architecture or self.facts.name} cannot run a pass of {len(each.rows)} x {each.width} "
                 f"tokens ({type(error).__name__}: {error}): is a text longer than it takes?"
