@@ -234,11 +234,13 @@ def compared(runner: Runner, plain_runner: Runner, probe: Probe, names: Sequence
     plan, (each, member) = probe.plan, (probe.passes[-1], probe.text.member)
     given = plan.given[member]
     try:
-        pieces = _pieces(probe, *_run(runner, plan, each, names), names)
+        before, fast = _run(runner, plan, each, names)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
         return Verdict(False, f"it raised {type(error).__name__}: {error}")
+    pieces = _pieces(probe, before, fast, names)
+    del before, fast  # the plain pass needs as much again
     whole = Pass((Row((Segment((member,), 0, len(given.input_ids)),)),))
     plain, _ = plain_runner.run(replace(plan, samples=plan.given), whole, names, None, 0)
     worst = 0.0
@@ -279,7 +281,10 @@ def _pieces(
 ) -> dict[str, list[tuple[Segment, Tensor]]]:
     """By hook the segments of a probe text, each with a copy of what was captured for it: the rest can be let go."""
     pieces = {
-        name: [(segment, fast[name][row, begin : begin + len(segment)].clone()) for row, begin, segment in probe.pieces]
+        name: [
+            (segment, capture_of(fast, name)[row, begin : begin + len(segment)].clone())
+            for row, begin, segment in probe.pieces
+        ]
         for name in names
     }
     if len(probe.passes) > 1:
