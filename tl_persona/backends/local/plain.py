@@ -303,8 +303,8 @@ def _unreadable(hf_model: Any, error: NoReferenceError) -> ModelError:
 def _sites(layers: Sequence[torch.nn.Module], parts: Sequence[BlockParts]) -> dict[str, StreamSite]:
     sites = {}
     for number, (layer, block) in enumerate(zip(layers, parts, strict=True)):
-        edges = {"hook_resid_pre": Part("", True)}, {"hook_resid_post": Part("", False)}
-        for hook, part in {**edges[0], **block.parts, **edges[1]}.items():
+        places = {"hook_resid_pre": Part("", True), **block.parts, "hook_resid_post": Part("", False)}
+        for hook, part in places.items():
             name, module = f"blocks.{number}.{hook}", layer.get_submodule(part.module)
             sites[name] = StreamSite(name, module, part, is_written_into=hook in block.written_into)
     return sites
