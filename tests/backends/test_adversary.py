@@ -95,6 +95,10 @@ PLANS = {
         ("chunks of places in the row", 13),
         [sample(str(at), START[:13] + ids(length, at), 13) for at, length in enumerate([3, 3, 5, 3, 5])],
     ),
+    "company behind a text that has the token that was cut off it": (
+        ("what lies behind", 1),
+        [sample("start", START), sample("cut", [*START, 5, START[0]], 3, 21)],
+    ),
 }  # fmt: skip
 
 
@@ -133,11 +137,11 @@ def test_what_has_no_room_for_a_probe_is_compared_where_it_lies(fault: str) -> N
     class Small(FakeRunner):
         """Has room for what the plan runs, and no more."""
 
-        def run(self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int) -> Any:
+        def run(self, plan: Plan, each: Pass, *arguments: Any, **options: Any) -> Any:
             if each.tokens_run > largest:
                 refused.append(each.tokens_run)
                 raise MemoryError
-            return super().run(plan, each, names, context, context_length)
+            return super().run(plan, each, *arguments, **options)
 
     with small_limits(min_shared=2, worth_caching=3, row_tokens=40, cached_rows=8):
         plan = make_plan(samples, batch_tokens=40, sharing=Sharing.PACKED)

@@ -66,9 +66,27 @@ def test_the_pieces_of_a_probe_are_its_text_from_the_first_token_to_the_last(see
             each, text = probe.passes[-1], probe.plan.samples[probe.text.member]
             tokens = pass_tokens(probe.plan, each)
             parts = [pass_tokens(probe.plan, probe.passes[0])[0]] if len(probe.passes) > 1 else []
-            parts += [tokens[row, begin : begin + len(segment)] for row, begin, segment in probe.pieces]
+            parts += [tokens[probe.text.row, begin : begin + len(segment)] for begin, segment in probe.pieces]
             assert torch.equal(torch.cat(parts), text.input_ids)
             assert torch.equal(probe.plan.given[probe.text.member].input_ids[: len(text.input_ids)], text.input_ids)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=100)
+def test_company_in_the_row_never_has_the_texts_own_token_where_that_would_stand(seed: int) -> None:
+    for plan, critical in plans(seed):
+        for probe, _ in probes_of(plan, critical):
+            own = probe.plan.given[probe.text.member].input_ids.tolist()
+            if probe.plan is plan or len(set(torch.cat([each.input_ids for each in plan.given]).tolist())) < 3:
+                continue
+            row = pass_tokens(probe.plan, probe.passes[-1])[probe.text.row].tolist()
+            (last, piece), context = probe.pieces[-1], probe.text.exposure.context
+            mine = {at for begin, part in probe.pieces for at in range(begin, begin + len(part))}
+            # What it would see there whole: before its last piece by the place in the row, behind it by what goes on.
+            before = {at: context + at for at in range(last) if at not in mine}
+            behind = range(last + len(piece), last + len(piece) + probe.text.exposure.followers)
+            instead = {**before, **{at: piece.stop + at - behind.start for at in behind}}
+            assert not [at for at, there in instead.items() if there < len(own) and row[at] == own[there]]
 
 
 @given(st.integers(0, 10**6))

@@ -437,19 +437,23 @@ class Double:
         found: str | None = self._runner.obstacle(names)
         return found
 
-    def run(self, plan: Plan, each: Pass, names: Sequence[str], context: Any, length: int) -> Any:
+    def run(
+        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, length: int, only_row: int | None = None
+    ) -> Any:
         if each.context is None and not each.packed:
-            return self._runner.run(plan, each, names, context, length)
-        return self._spoil(self._runner, plan, each, names, context, length)
+            return self._runner.run(plan, each, names, context, length, only_row)
+        return self._spoil(self._runner, plan, each, names, context, length, only_row)
 
 
-def forget_context(runner: Any, plan: Plan, each: Pass, names: Any, context: Any, length: int) -> Any:
-    return runner.run(plan.with_sharing(Sharing.CACHED), replace(each, context=None), names, None, 0)
+def forget_context(
+    runner: Any, plan: Plan, each: Pass, names: Any, context: Any, length: int, only_row: int | None
+) -> Any:
+    return runner.run(plan.with_sharing(Sharing.CACHED), replace(each, context=None), names, None, 0, only_row)
 
 
 def spoil_the_last_hook(value: float) -> Callable[..., Any]:
-    def spoil(runner: Any, plan: Plan, each: Pass, names: Any, context: Any, length: int) -> Any:
-        captured, kept = runner.run(plan, each, names, context, length)
+    def spoil(runner: Any, plan: Plan, each: Pass, names: Any, context: Any, length: int, only_row: int | None) -> Any:
+        captured, kept = runner.run(plan, each, names, context, length, only_row)
         last = captured[ALL_LAYERS[-1]].clone()
         last[..., 0] += value
         return {**captured, ALL_LAYERS[-1]: last}, kept
@@ -484,6 +488,33 @@ def test_a_broken_shortcut_is_caught_and_not_taken(
     monkeypatch.setattr(local_backend, "runners_for", lambda _: doubles)
     notes = assert_exact(model, tiny_hf("llama"), persona())
     assert notes["sharing"] == "none" and len(notes["fallbacks"]) == 1
+    # What the double did was seen, not that it failed.
+    assert ("it raised" in notes["fallbacks"][0]) is (broken == "refused")
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("layout", ["persona", "pairs"])
+def test_one_row_of_a_pass_is_that_row_of_all(layout: str, kind: str, tiny_hooked: Boot) -> None:
+    model = tiny_hooked("llama", kind)
+    most = Sharing.PACKED if kind == "bridge" else Sharing.CACHED
+    plan = make_plan(LAYOUTS[layout](), sharing=most)
+    rows = 0
+    for runner in passes.runners_for(model):
+        runner.prepare()
+        assert runner.obstacle(ALL_LAYERS) is None
+        contexts: dict[int | None, tuple[Any, int]] = {None: (None, 0)}
+        with torch.no_grad():
+            for index, each in enumerate(plan.passes):
+                rest = (plan, each, ALL_LAYERS, *contexts[each.context])
+                captured, kept = runner.run(*rest)
+                contexts[index] = kept, each.width
+                for row in range(len(each.rows)):
+                    only, _ = runner.run(*rest, only_row=row)
+                    for name in ALL_LAYERS:
+                        assert torch.equal(only[name], captured[name][row : row + 1]), (name, row)
+                        assert only[name].untyped_storage().nbytes() == only[name].nbytes
+                    rows += 1
+    assert rows > len(plan.passes)
 
 
 def see_everything(each: Pass, context_length: int) -> Tensor:

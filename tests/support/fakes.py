@@ -250,15 +250,24 @@ class FakeRunner:
         return None
 
     def run(
-        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
+        self,
+        plan: Plan,
+        each: Pass,
+        names: Sequence[str],
+        context: Any,
+        context_length: int,
+        only_row: int | None = None,
     ) -> tuple[Mapping[str, torch.Tensor], Any]:
         if self._plain is not None and not (each.kept or each.packed or each.context is not None):
-            return self._plain.run(plan, each, names, context, context_length)
+            return self._plain.run(plan, each, names, context, context_length, only_row)
         view = _view(plan, each, context, context_length)
         sound = replace(view, extra=view.extra.copy(), visible=view.visible.copy())
         self._fault(view, self._n)
         residuals = [_residuals(view if layer >= self._layer else sound, layer) for layer in range(len(HOOKS))]
-        captured = {name: torch.from_numpy(one) for name, one in zip(HOOKS, residuals, strict=True) if name in names}
+        rows = slice(None) if only_row is None else slice(only_row, only_row + 1)
+        captured = {
+            name: torch.from_numpy(one[rows]) for name, one in zip(HOOKS, residuals, strict=True) if name in names
+        }
         return captured, (view.keys, view.key_positions) if each.kept else None
 
 

@@ -7,7 +7,7 @@ cannot be had without leaving the kind, the text is compared where it lies in th
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,12 +50,12 @@ class Probe(NamedTuple):
         return (each,) if each.context is None else (self.plan.passes[each.context], each)
 
     @property
-    def pieces(self) -> list[tuple[int, int, Segment]]:
-        """The segments of the text in its row: the row, where each begins in it, and the segment."""
+    def pieces(self) -> list[tuple[int, Segment]]:
+        """The segments of the text in its row, and where each begins there."""
         found, offset = [], 0
         for segment in self.plan.passes[self.text.at].rows[self.text.row].segments:
             if self.text.member in segment.members and segment.stop <= self.text.exposure.stop:
-                found.append((self.text.row, offset, segment))
+                found.append((offset, segment))
             offset += len(segment)
         return found
 
@@ -190,7 +190,7 @@ class _Arrangement:
             return None
         others = self.wanted.rows - 1
         length = limit - start if others else 0
-        rows = [Row(tuple(self._company(length, start, limit))) for _ in range(others)]
+        rows = [Row(tuple(self._company(length, start, limit, start))) for _ in range(others)]
         return [*rows, Row((Segment((0,), start, stop),))]
 
     def _masked_rows(self) -> list[Row] | None:
@@ -204,8 +204,8 @@ class _Arrangement:
             return None
         gaps = range(self.wanted.gap, self.wanted.gap + branch + 2)
         gap = next((gap for gap in gaps if is_telling(gap, branch)), self.wanted.gap)
-        before = list(self._company(gap, branch, limit))
-        behind = list(self._company(self.wanted.followers, branch, limit))
+        before = list(self._company(gap, branch, limit, branch))
+        behind = list(self._company(self.wanted.followers, branch, limit, stop))
         in_row = tuple(sorted({member for part in (*before, *behind) for member in part.members}))
         own = [Segment((0,), first, last) for first, last in pairwise(bounds)]
         above = []
@@ -216,12 +216,12 @@ class _Arrangement:
         rows = []
         for number in range(1, self.wanted.rows):
             tokens = len(row) + self.wanted.padding if number == 1 else min(len(row), len(own[-1]))
-            rows.append(Row(tuple(self._company(tokens, start, limit))))
+            rows.append(Row(tuple(self._company(tokens, start, limit, start))))
         return [*rows, row]
 
     def _bounds(self, start: int, stop: int) -> list[int]:
         """Where the text's pieces begin, as in the plan and with as many more cuts as wanted, and where they end."""
-        cuts = {segment.start for _, _, segment in Probe(self.text_plan, self.text).pieces}
+        cuts = {segment.start for _, segment in Probe(self.text_plan, self.text).pieces}
         free = [cut for cut in range(stop - 1, start, -1) if cut not in cuts]
         cuts |= set(free[: max(0, self.wanted.pieces - len(cuts))])
         return [*sorted(cuts), stop]
@@ -238,33 +238,43 @@ class _Arrangement:
         same = [bound for bound in bounds if sides(self.critical, bound) == sides(self.critical, there)]
         return max(same, default=None)
 
-    def _company(self, tokens: int, start: int, limit: int) -> Iterator[Segment]:
-        """Segments of other texts that share the text's beginning up to `start` and end at `limit` at the latest."""
-        shared = self.samples[0].input_ids[:start]
+    def _company(self, tokens: int, start: int, limit: int, instead: int) -> Iterator[Segment]:
+        """Segments of other texts that share the text's beginning up to `start` and end at `limit` at the latest.
+
+        They lie where the text would go on from `instead`. None of their tokens is the text's own at its position or
+        its place: who took one for the other would be right by chance.
+        """
+        shared, own = self.samples[0].input_ids[:start], self.given[0].input_ids.tolist()
         while tokens > 0:
             length = min(tokens, limit - start)
-            ids = torch.cat([shared, self._stream.take(length)])
+            ids = torch.cat(
+                [shared, self._stream.take(length, own[start : start + length], own[instead : instead + length])]
+            )
             mask = torch.zeros((1, len(ids)), dtype=torch.bool)
             mask[0, -1] = True
             each = Sample("company", ids, mask)
             self.samples.append(each)
             self.given.append(each)
             yield Segment((len(self.samples) - 1,), start, start + length)
-            tokens -= length
+            tokens, instead = tokens - length, instead + length
 
 
 class _Stream:
     """Tokens of other texts, those of the text itself where there is no other, over and over."""
 
     def __init__(self, plan: Plan, text: Placed) -> None:
-        start = text.exposure.context
+        start, own = text.exposure.context, plan.given[text.member].input_ids.tolist()
         others = [each for index, each in enumerate(plan.given) if index != text.member][:_COMPANY]
-        tails = [each.input_ids[start:] for each in others if len(each.input_ids) > start]
-        self._tokens = torch.cat(tails) if tails else plan.given[text.member].input_ids.flip(0)
-        self._taken = 0
+        tokens = [token for each in others for token in each.input_ids[start:].tolist()] or own[::-1]
+        self._tokens, self._distinct = cycle(tokens), list(dict.fromkeys([*tokens, *own]))
 
-    def take(self, count: int) -> Int[Tensor, "pos"]:
-        """The next tokens."""
-        places = (torch.arange(count) + self._taken) % len(self._tokens)
-        self._taken += count
-        return self._tokens[places.to(self._tokens.device)]
+    def take(self, count: int, *avoided: Sequence[int]) -> Int[Tensor, "pos"]:
+        """The next tokens, each another than those that stand at its place in any of some lists."""
+        taken = []
+        for place in range(count):
+            unwanted = {tokens[place] for tokens in avoided if place < len(tokens)}
+            token = next(self._tokens)
+            if token in unwanted:
+                token = next((other for other in self._distinct if other not in unwanted), token)
+            taken.append(token)
+        return torch.tensor(taken)

@@ -8,7 +8,7 @@ stands for.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -231,64 +231,81 @@ def _noted(notes: dict[str, Any], fallbacks: list[str], runner: Runner | None = 
 
 def compared(runner: Runner, plain_runner: Runner, probe: Probe, names: Sequence[str], dtype: str) -> Verdict:
     """Compares a probe text with the plain path, at every one of its tokens."""
-    plan, (each, member) = probe.plan, (probe.passes[-1], probe.text.member)
+    plan, member = probe.plan, probe.text.member
     given = plan.given[member]
+    whole = Pass((Row((Segment((member,), 0, len(given.input_ids)),)),))
+    expected, _ = plain_runner.run(replace(plan, samples=plan.given), whole, names, None, 0)
+    ruler = _Ruler({name: capture_of(expected, name)[0] for name in names}, dtype)
+    del expected
+    worst, tolerance = 0.0, tolerance_of(dtype)
     try:
-        before, fast = _run(runner, plan, each, names)
+        for difference, name in _differences(runner, probe, names, ruler):
+            if not difference < float("inf"):
+                return Verdict(False, f"NaN or infinity at {name}", lasting=False)
+            worst = max(worst, difference)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an architecture may refuse in any way; plain passes do not depend on it
         return Verdict(False, f"it raised {type(error).__name__}: {error}")
-    pieces = _pieces(probe, before, fast, names)
-    del before, fast  # the plain pass needs as much again
-    whole = Pass((Row((Segment((member,), 0, len(given.input_ids)),)),))
-    plain, _ = plain_runner.run(replace(plan, samples=plan.given), whole, names, None, 0)
-    worst = 0.0
-    for name in names:
-        expected = capture_of(plain, name)[0].detach().cpu().double()
-        size = expected.norm(dim=-1)
-        # A position that is all but zero is measured against the others, which it is added to or averaged with.
-        scale = size.clamp_min(float(size.median())).clamp_min(torch.finfo(torch.float64).tiny)
-        for segment, piece in pieces.pop(name):
-            part, got = slice(segment.start, segment.stop), piece.detach().cpu().double()
-            errors = (got - expected[part]).norm(dim=-1) / scale[part]
-            difference = float(errors.max() if dtype in _EXACT_DTYPES else errors.mean())
-            if not difference < float("inf"):
-                return Verdict(False, f"NaN or infinity at {name}", lasting=False)
-            worst = max(worst, difference)
-    tolerance = tolerance_of(dtype)
     seen = f"relative difference {worst:.1e} for sample {given.sample_id!r} of {len(given.input_ids)} tokens"
     return Verdict(worst <= tolerance, f"{seen}, allowed {tolerance:.0e}")
 
 
-def _run(
-    runner: Runner, plan: Plan, each: Pass, names: Sequence[str]
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Captures of the pass that is continued, if any, and of the pass itself."""
-    if each.context is None:
-        return {}, runner.run(plan, each, names, None, 0)[0]
-    prefix = plan.passes[each.context]
-    before, context = runner.run(plan, prefix, names, None, 0)
-    # Whatever continues a prefix must leave it as it was for the next pass: recurrent state is written in place.
-    first = each.rows[0].segments[0]
-    token = Pass((Row((replace(first, stop=first.start + 1),)),), context=each.context)
-    runner.run(plan, token, names, context, prefix.width)
-    return before, runner.run(plan, each, names, context, prefix.width)[0]
+def _differences(runner: Runner, probe: Probe, names: Sequence[str], ruler: "_Ruler") -> Iterator[tuple[float, str]]:
+    """The largest of each segment of a probe text and each hook; what one pass captured is let go before the next."""
+    plan, each = probe.plan, probe.passes[-1]
+    context, length = None, 0
+    if each.context is not None:
+        prefix = plan.passes[each.context]
+        captured, context = runner.run(plan, prefix, names, None, 0)
+        yield from ruler.differences(captured, [(0, prefix.rows[0].segments[0])])
+        ruler.forget(prefix.width)
+        del captured
+        length = prefix.width
+        # Whatever continues a prefix must leave it as it was for the next pass: recurrent state is written in place.
+        first = each.rows[0].segments[0]
+        token = Pass((Row((replace(first, stop=first.start + 1),)),), context=each.context)
+        runner.run(plan, token, names, context, length)
+    captured, _ = runner.run(plan, each, names, context, length, only_row=probe.text.row)
+    yield from ruler.differences(captured, probe.pieces)
 
 
-def _pieces(
-    probe: Probe, before: Mapping[str, Tensor], fast: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, list[tuple[Segment, Tensor]]]:
-    """By hook the segments of a probe text, each with a copy of what was captured for it: the rest can be let go."""
-    pieces = {
-        name: [
-            (segment, capture_of(fast, name)[row, begin : begin + len(segment)].clone())
-            for row, begin, segment in probe.pieces
-        ]
-        for name in names
-    }
-    if len(probe.passes) > 1:
-        (segment,) = probe.passes[0].rows[0].segments
-        for name in names:
-            pieces[name].insert(0, (segment, before[name][0].clone()))
-    return pieces
+class _Ruler:
+    """What the plain path gave for one text, and how far something else is from it.
+
+    Args:
+        expected: Activations of shape (pos, d_model) by hook.
+        dtype: Of the model.
+    """
+
+    def __init__(self, expected: dict[str, Tensor], dtype: str) -> None:
+        self._expected, self._every = expected, dtype in _EXACT_DTYPES
+        # A position that is all but zero is measured against the others, which it is added to or averaged with.
+        self._typical = {name: float(_wide(text).norm(dim=-1).median()) for name, text in expected.items()}
+        self._begin = 0
+
+    def differences(
+        self, captured: Mapping[str, Tensor], pieces: Sequence[tuple[int, Segment]]
+    ) -> Iterator[tuple[float, str]]:
+        """The largest relative difference of each segment at each hook.
+
+        Args:
+            captured: Of the text's row of a pass, (1, pos, d_model) by hook.
+            pieces: The text's segments there, and where each begins.
+        """
+        for name, text in self._expected.items():
+            for begin, segment in pieces:
+                expected = _wide(text[segment.start - self._begin : segment.stop - self._begin])
+                got = _wide(capture_of(captured, name)[0, begin : begin + len(segment)])
+                scale = expected.norm(dim=-1).clamp_min(self._typical[name])
+                errors = (got - expected).norm(dim=-1) / scale.clamp_min(torch.finfo(torch.float64).tiny)
+                yield float(errors.max() if self._every else errors.mean()), name
+
+    def forget(self, begin: int) -> None:
+        """Lets go of the tokens before one."""
+        self._expected = {name: text[begin - self._begin :].clone() for name, text in self._expected.items()}
+        self._begin = begin
+
+
+def _wide(text: Tensor) -> Tensor:
+    return text.detach().cpu().double()

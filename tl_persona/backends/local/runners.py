@@ -6,12 +6,12 @@ difference is all that is here.
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_persona.backends.local.native import NativeParts, native_parts
@@ -50,7 +50,13 @@ class Runner(Protocol):
         """Why it cannot run passes that capture these hooks, on the model as it is now; asked once before a plan."""
 
     def run(
-        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
+        self,
+        plan: Plan,
+        each: Pass,
+        names: Sequence[str],
+        context: Any,
+        context_length: int,
+        only_row: int | None = None,
     ) -> tuple[Mapping[str, Tensor], Any]:
         """Captures the hooks of one pass.
 
@@ -60,6 +66,7 @@ class Runner(Protocol):
             names: Hook names.
             context: What an earlier kept pass returned; None where this one starts a text.
             context_length: Tokens in the context.
+            only_row: The one row that is captured; None captures all.
 
         Returns:
             Tensors of shape (row, pos, d_model) by hook name, and the keys and values to continue, if kept.
@@ -94,7 +101,13 @@ class HookedRunner:
         return None
 
     def run(
-        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
+        self,
+        plan: Plan,
+        each: Pass,
+        names: Sequence[str],
+        context: Any,
+        context_length: int,
+        only_row: int | None = None,
     ) -> tuple[Mapping[str, Tensor], Any]:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
@@ -108,14 +121,7 @@ class HookedRunner:
             past = _expanded(context, len(each.rows))
         if past is not None:
             arguments = {"past_kv_cache": past, "attention_mask": torch.ones_like(tokens)}
-        _, captured = self._model.run_with_cache(
-            tokens,
-            return_type=None,
-            names_filter=list(names),
-            stop_at_layer=stop_layer(names),
-            return_cache_object=False,
-            **arguments,
-        )
+        captured = _captured(self._model, tokens, names, only_row, stop_at_layer=stop_layer(names), **arguments)
         return captured, past if each.kept else None
 
 
@@ -166,11 +172,17 @@ class BridgeRunner:
         return None
 
     def run(
-        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
+        self,
+        plan: Plan,
+        each: Pass,
+        names: Sequence[str],
+        context: Any,
+        context_length: int,
+        only_row: int | None = None,
     ) -> tuple[Mapping[str, Tensor], Any]:
         trial = self._tried()
         with trial.renamed(self._model):
-            return self._run(plan, each, names, context, context_length, trial, trial.arguments)
+            return self._run(plan, each, names, context, context_length, only_row, trial, trial.arguments)
 
     def _run(
         self,
@@ -179,6 +191,7 @@ class BridgeRunner:
         names: Sequence[str],
         context: Any,
         context_length: int,
+        only_row: int | None,
         trial: Trial,
         quiet: Mapping[str, Any],
     ) -> tuple[Mapping[str, Tensor], Any]:
@@ -199,10 +212,7 @@ class BridgeRunner:
             arguments["attention_mask"] = additive(visible, self._original.dtype)
         if trial.stops:
             arguments["stop_at_layer"] = stop_layer(names)
-        _, captured = self._model.run_with_cache(
-            tokens, return_type=None, return_cache_object=False, names_filter=list(names), **arguments
-        )
-        return captured, past if each.kept else None
+        return _captured(self._model, tokens, names, only_row, **arguments), past if each.kept else None
 
 
 class FusedBridgeRunner(BridgeRunner):
@@ -229,15 +239,21 @@ class FusedBridgeRunner(BridgeRunner):
         return "a hook lies inside attention or a norm"
 
     def run(
-        self, plan: Plan, each: Pass, names: Sequence[str], context: Any, context_length: int
+        self,
+        plan: Plan,
+        each: Pass,
+        names: Sequence[str],
+        context: Any,
+        context_length: int,
+        only_row: int | None = None,
     ) -> tuple[Mapping[str, Tensor], Any]:
         shortcut = each.kept or each.packed or each.context is not None
         # A hook may have come since the plan began, with whoever takes the samples one by one.
         if not shortcut or self._parts is None or not self._parts.unobserved():
-            return super().run(plan, each, names, context, context_length)
+            return super().run(plan, each, names, context, context_length, only_row)
         trial = self._tried()
         with self._parts.in_place():
-            return self._run(plan, each, names, context, context_length, trial, trial.without_logits)
+            return self._run(plan, each, names, context, context_length, only_row, trial, trial.without_logits)
 
 
 def _continued(cache: Any, n_rows: int) -> Any:
@@ -272,6 +288,27 @@ def _forgetful_layer() -> Any:
             return appended
 
     return ForgetfulLayer
+
+
+def _captured(
+    model: HookedModel, tokens: Int[Tensor, "row pos"], names: Sequence[str], only_row: int | None, **arguments: Any
+) -> Mapping[str, Tensor]:
+    """What a model's hooks give, (row, pos, d_model) by hook name; of one row only where the others are not wanted."""
+    run = functools.partial(model.run_with_cache, tokens, return_type=None, return_cache_object=False, **arguments)
+    if only_row is None:
+        return run(names_filter=list(names))[1]
+    captured: dict[str, Tensor] = {}
+
+    def kept_at(name: str) -> Callable[..., None]:
+        def keep(activation: Tensor, hook: Any) -> None:
+            # A copy: a view would hold the other rows as well.
+            captured[name] = activation[only_row : only_row + 1].clone()
+
+        return keep
+
+    with model.hooks(fwd_hooks=[(name, kept_at(name)) for name in names]):
+        run(names_filter=[])
+    return captured
 
 
 def capture_of(captured: Mapping[str, Tensor], name: str) -> Float[Tensor, "..."]:

@@ -73,7 +73,7 @@ def comparison_of(probes: Sequence[Probe]) -> Comparison:
         for each in probe.passes:
             last = each is probe.passes[-1]
             passes.append(_renumbered(each, place, kept=not last, context=context if last else None))
-        pieces = [(segment.start, segment.stop) for _, _, segment in probe.pieces]
+        pieces = [(segment.start, segment.stop) for _, segment in probe.pieces]
         if len(probe.passes) > 1:
             pieces.insert(0, (0, probe.passes[0].width))
         text, given = plan.samples[member], plan.given[member]
