@@ -2,7 +2,7 @@
 
 import gc
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import NEW_TOKENS, Edit, V, W, adding, at, by_hand, generated_by_hand, setting, some_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kinds import HOOKED
 from oracle import keeping_its_cache, logits_of, some
-from tiny import D_MODEL, N_LAYERS, VOCAB_SIZE, WINDOW
+from tiny import D_MODEL, N_LAYERS, WINDOW
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -26,7 +27,8 @@ from tl_persona.models.facts import source_of
 from tl_persona.models.hooks import resid_post
 from tl_persona.provenance import Provenance
 from tl_persona.steering import Intervention, attach, monitor, project
-from tl_persona.steering.positions import PassWatch, Positions
+from tl_persona.steering.pass_watch import PassWatch
+from tl_persona.steering.positions import Positions
 from tl_persona.vectors import SteeringVector, SteeringVectorSet
 
 BRIDGE = pytest.param("bridge", marks=pytest.mark.tl)
@@ -46,16 +48,6 @@ EVERY_MODEL = pytest.mark.parametrize(
 )
 MIDDLE = resid_post(1)
 STRENGTH = 6.0
-NEW_TOKENS = 5
-
-Edit = Callable[[Tensor], Tensor]
-
-
-def some_ids(length: int, batch: int = 1, seed: int = 1) -> Tensor:
-    return torch.randint(10, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-V, W = some(1, D_MODEL), some(2, D_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -87,49 +79,6 @@ def plain(tiny_model: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]
     return get
 
 
-@contextmanager
-def by_hand(model: PreTrainedModel, edits: dict[int, Edit]) -> Iterator[None]:
-    """The oracle: plain PyTorch hooks that edit the outputs of decoder layers."""
-    body = model.base_model
-    blocks = body.layers if hasattr(body, "layers") else body.h
-
-    def editing(edit: Edit) -> Callable[[Any, Any, Any], Any]:
-        return lambda _m, _a, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
-
-    handles = [blocks[layer].register_forward_hook(editing(edit)) for layer, edit in edits.items()]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def at(positions: Sequence[int], edit: Edit) -> Edit:
-    """The edit at some columns of a whole text only."""
-
-    def edited(x: Tensor) -> Tensor:
-        out = x.clone()
-        columns = [position for position in positions if position < x.shape[1]]
-        out[:, columns] = edit(x)[:, columns]
-        return out
-
-    return edited
-
-
-def adding(coefficient: float, direction: Tensor = V) -> Edit:
-    return lambda x: x + coefficient * direction
-
-
-def setting(target: float, direction: Tensor = V) -> Edit:
-    def edit(x: Tensor) -> Tensor:
-        unit = direction / (direction**2).sum().sqrt()
-        along = (x * unit).sum(dim=-1, keepdim=True)
-        return x - along * unit + target * unit
-
-    return edit
-
-
 def residuals(model: Any, ids: Tensor, name: str = MIDDLE, **options: Any) -> Tensor:
     with torch.no_grad():
         return model.run_with_cache(ids, names_filter=[name], **options)[1][name]
@@ -139,14 +88,6 @@ def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
     chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "verbose": False, "stop_at_eos": False, **options}
     with keeping_its_cache(model):
         return model.generate(ids, **chosen)
-
-
-def generated_by_hand(model: PreTrainedModel, ids: Tensor, edits: dict[int, Edit], steps: int = NEW_TOKENS) -> Tensor:
-    """Greedy, the whole text anew at every step: no cache whose handling could be wrong."""
-    with by_hand(model, edits):
-        for _ in range(steps):
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
-    return ids
 
 
 def hooks_on(model: Any) -> int:

@@ -1,7 +1,8 @@
 """Acts while a model runs: edits activations, or reads projections off them.
 
 - `hook_points`: functions put on a model's hooks, and taken off.
-- `positions`: which tokens of a running pass are meant.
+- `pass_watch`: which tokens a running pass has.
+- `positions`: which of them are meant.
 - `monitor`: projections read off.
 - `interventions`: directions added, ablated, clamped.
 - `text`: a text with its tokens shaded by their projection.

@@ -28,7 +28,8 @@ from tl_persona.steering.hook_points import (
     hooked_form,
     unit_direction,
 )
-from tl_persona.steering.positions import CacheGuard, PassWatch, Positions, check_positions, select
+from tl_persona.steering.pass_watch import CacheGuard, PassWatch
+from tl_persona.steering.positions import Positions, check_positions, select
 
 Mode: TypeAlias = Literal["add", "ablate", "clamp"]
 _Edit: TypeAlias = Callable[[Tensor], Tensor]

@@ -22,7 +22,7 @@ from tl_persona.steering.hook_points import (
     require_meaning,
     unit_direction,
 )
-from tl_persona.steering.positions import CacheGuard, PassTokens, PassWatch
+from tl_persona.steering.pass_watch import CacheGuard, PassTokens, PassWatch, require_clear
 
 
 def project(
@@ -154,6 +154,8 @@ def _recording_hook(
 ) -> Callable[..., None]:
     def record_projection(activation: Tensor, hook: Any) -> None:
         check_activation(activation, hook_name, direction)
-        seen._record(name, project(activation, direction), watch.tokens(*activation.shape[:2]))
+        tokens = watch.tokens(*activation.shape[:2])
+        require_clear(tokens, f"a monitor of {name}", only_drafts=True)
+        seen._record(name, project(activation, direction), tokens)
 
     return record_projection
