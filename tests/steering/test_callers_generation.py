@@ -22,8 +22,6 @@ IDS = some_ids(LENGTH)
 FROM_ZERO = [(3, [3]), ([0, 6], [0, 6]), (slice(2, 5), [2, 3, 4]), (slice(6, None), range(6, 99)), (None, range(99))]
 FROM_THE_PROMPTS_END = ["generated", "last", -1, slice(-2, None)]
 
-Load = Callable[[], Any]
-
 
 @pytest.fixture(params=["bridge", "transformers"])
 def model(request: Any, tiny_model: Callable[[str], Path]) -> Any:
